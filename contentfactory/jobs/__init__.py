@@ -1,0 +1,1 @@
+"""Kinds of job, one module a modality. `contentfactory.jobs.spec` holds the registry."""

@@ -1,0 +1,1 @@
+"""The ledger: tables, sessions, repositories and the one module through which states change."""

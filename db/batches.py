@@ -1,0 +1,127 @@
+"""Batches: making, finding, expanding."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from sqlalchemy import Connection, RowMapping, func, insert, select, update
+
+from contentfactory.states import ACTIVE, TERMINAL, BatchState, JobState
+from db import lifecycle
+from db.models import Batch, Job
+from db.session import now
+
+_COLUMNS = (
+    Batch.id, Batch.project_id, Batch.name, Batch.state, Batch.paused, Batch.priority, Batch.source, Batch.source_digest,
+    Batch.cursor, Batch.total, Batch.retry_of, Batch.labels, Batch.error, Batch.created_at, Batch.finished_at,
+)  # fmt: skip
+
+
+def create(conn: Connection, batch_id: str, project_id: str, name: str, *, source: Mapping[str, Any], digest: str | None,
+           priority: int, labels: Mapping[str, str] | None = None, idempotency_key: str | None = None,
+           request_hash: str | None = None, retry_of: str | None = None) -> None:  # fmt: skip
+    """Insert a batch in state ``expanding``."""
+    conn.execute(
+        insert(Batch).values(
+            id=batch_id, project_id=project_id, name=name[:300], state=BatchState.EXPANDING, source=dict(source),
+            source_digest=digest, priority=priority, labels=dict(labels or {}), idempotency_key=idempotency_key,
+            request_hash=request_hash, retry_of=retry_of, created_at=now(),
+        )
+    )  # fmt: skip
+    lifecycle.add_event(conn, "batch.created", project_id=project_id, batch_id=batch_id, data={"name": name[:300]})
+
+
+def get(conn: Connection, project_id: str, batch_id: str) -> RowMapping | None:
+    """A batch of the project."""
+    query = select(*_COLUMNS).where(Batch.id == batch_id, Batch.project_id == project_id)
+    return conn.execute(query).mappings().one_or_none()
+
+
+def find_open(conn: Connection, project_id: str, digest: str) -> str | None:
+    """The newest unfinished batch made from the same source."""
+    query = (
+        select(Batch.id)
+        .where(Batch.project_id == project_id, Batch.source_digest == digest, Batch.finished_at.is_(None))
+        .order_by(Batch.id.desc())
+        .limit(1)
+    )
+    return conn.execute(query).scalar()
+
+
+def list_page(conn: Connection, project_id: str, *, after: str | None = None, limit: int = 20) -> Sequence[RowMapping]:
+    """Batches, newest first.
+
+    Args:
+        after: Id of the last batch of the page before.
+    """
+    query = select(*_COLUMNS).where(Batch.project_id == project_id).order_by(Batch.id.desc()).limit(limit)
+    if after:
+        query = query.where(Batch.id < after)
+    return conn.execute(query).mappings().all()
+
+
+def ids_in(conn: Connection, state: BatchState) -> list[str]:
+    """Ids of unfinished batches in a state, oldest first."""
+    query = select(Batch.id).where(Batch.finished_at.is_(None), Batch.state == state).order_by(Batch.id)
+    return list(conn.execute(query).scalars())
+
+
+def advance(conn: Connection, batch_id: str, old: int, new: int, jobs: int) -> bool:
+    """Move the expander's cursor; False if somebody else has moved it (then roll back: they wrote those rows)."""
+    statement = (
+        update(Batch)
+        .where(Batch.id == batch_id, Batch.cursor == old, Batch.state == BatchState.EXPANDING)
+        .values(cursor=new, total=Batch.total + jobs)
+    )
+    return conn.execute(statement).rowcount == 1
+
+
+def expanded(conn: Connection, batch_id: str) -> bool:
+    """All rows are there: the batch runs."""
+    statement = update(Batch).where(Batch.id == batch_id, Batch.state == BatchState.EXPANDING).values(state=BatchState.RUNNING)
+    hit = conn.execute(statement).rowcount == 1
+    if hit:
+        row = conn.execute(select(Batch.project_id, Batch.total).where(Batch.id == batch_id)).one()
+        lifecycle.add_event(conn, "batch.in_progress", project_id=row.project_id, batch_id=batch_id, data={"total": row.total})
+    return hit
+
+
+def fail(conn: Connection, batch_id: str, error: Mapping[str, Any]) -> None:
+    """The batch cannot be expanded (its stored source is gone or broken)."""
+    statement = (
+        update(Batch)
+        .where(Batch.id == batch_id, Batch.finished_at.is_(None))
+        .values(state=BatchState.FAILED, error=dict(error), finished_at=now())
+        .returning(Batch.project_id)
+    )
+    row = conn.execute(statement).one_or_none()
+    if row:
+        lifecycle.add_event(conn, "batch.failed", project_id=row.project_id, batch_id=batch_id, data={"error": dict(error)})
+
+
+def progress(conn: Connection, batch_id: str) -> dict[str, dict[str, int]]:
+    """Kind → state → jobs, with ``total``, the terminal states, ``reused``, and of the others ``running`` and ``waiting``."""
+    out = lifecycle.counts(conn, batch_id)
+    running = conn.execute(
+        select(Job.kind, func.count()).where(Job.batch_id == batch_id, Job.state == JobState.RUNNING).group_by(Job.kind)
+    )
+    for kind, n in running:
+        out.setdefault(kind, {})["running"] = n
+    for states in out.values():
+        ended = sum(states.get(s, 0) for s in TERMINAL)
+        states["waiting"] = max(0, states.get("total", 0) - ended - states.get("running", 0))
+    return out
+
+
+def totals(per_kind: Mapping[str, Mapping[str, int]]) -> dict[str, int]:
+    """Counters summed over kinds."""
+    out: Counter[str] = Counter()
+    for states in per_kind.values():
+        out.update(states)
+    return dict(out)
+
+
+def active_jobs(conn: Connection, batch_id: str) -> int:
+    """Jobs that are not terminal, counted from the rows."""
+    query = select(func.count()).select_from(Job).where(Job.batch_id == batch_id, Job.state.in_(list(ACTIVE)))
+    return int(conn.execute(query).scalar_one())

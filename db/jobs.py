@@ -1,0 +1,134 @@
+"""Jobs and artifacts as they are read."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from sqlalchemy import Connection, RowMapping, select
+
+from contentfactory.states import JobState
+from db.models import Artifact, Attempt, Dependency, Event, Job
+
+COLUMNS = (
+    Job.id, Job.project_id, Job.batch_id, Job.custom_id, Job.line, Job.kind, Job.queue, Job.state, Job.priority, Job.params,
+    Job.model, Job.seed, Job.seconds, Job.attempt, Job.strikes, Job.progress, Job.message, Job.error, Job.reused_from,
+    Job.retry_of, Job.labels, Job.created_at, Job.started_at, Job.finished_at, Job.idempotency_key, Job.request_hash,
+    Job.cancel_requested,
+)  # fmt: skip
+
+ARTIFACT_COLUMNS = (
+    Artifact.id, Artifact.project_id, Artifact.job_id, Artifact.attempt, Artifact.position, Artifact.role, Artifact.name,
+    Artifact.object_key, Artifact.sha256, Artifact.size, Artifact.media_type, Artifact.meta, Artifact.seed, Artifact.model,
+    Artifact.parents, Artifact.created_at,
+)  # fmt: skip
+
+
+def get(conn: Connection, project_id: str, job_id: str) -> RowMapping | None:
+    """A job of the project."""
+    return conn.execute(select(*COLUMNS).where(Job.id == job_id, Job.project_id == project_id)).mappings().one_or_none()
+
+
+def by_key(conn: Connection, project_id: str, key: str) -> RowMapping | None:
+    """The job that an idempotency key made."""
+    query = select(*COLUMNS).where(Job.project_id == project_id, Job.idempotency_key == key)
+    return conn.execute(query).mappings().one_or_none()
+
+
+def list_page(conn: Connection, project_id: str, *, batch_id: str | None = None, state: str | None = None, kind: str | None = None,
+              after: str | None = None, limit: int = 50) -> Sequence[RowMapping]:  # fmt: skip
+    """Jobs, newest first; ``after`` is the id of the last job of the page before."""
+    query = select(*COLUMNS).where(Job.project_id == project_id).order_by(Job.id.desc()).limit(limit)
+    if batch_id:
+        query = query.where(Job.batch_id == batch_id)
+    if state:
+        query = query.where(Job.state == state)
+    if kind:
+        query = query.where(Job.kind == kind)
+    if after:
+        query = query.where(Job.id < after)
+    return conn.execute(query).mappings().all()
+
+
+def of_batch(conn: Connection, batch_id: str, states: Sequence[JobState] = (), chunk: int = 1000) -> Iterator[RowMapping]:
+    """Every job of a batch in the order of its lines, read page by page."""
+    line, last = -1, ""
+    while True:
+        query = select(*COLUMNS, Job.rank).where(Job.batch_id == batch_id)
+        if states:
+            query = query.where(Job.state.in_(states))
+        query = query.where((Job.line > line) | ((Job.line == line) & (Job.id > last))).order_by(Job.line, Job.id).limit(chunk)
+        rows = conn.execute(query).mappings().all()
+        yield from rows
+        if len(rows) < chunk:
+            return
+        line, last = rows[-1]["line"], rows[-1]["id"]
+
+
+def artifacts(conn: Connection, job_ids: Sequence[str], roles: Sequence[str] = ("output",)) -> dict[str, list[RowMapping]]:
+    """Artifacts by job, in the order of their position."""
+    out: dict[str, list[RowMapping]] = {}
+    for start in range(0, len(job_ids), 500):
+        query = (
+            select(*ARTIFACT_COLUMNS)
+            .where(Artifact.job_id.in_(job_ids[start : start + 500]), Artifact.role.in_(list(roles)))
+            .order_by(Artifact.job_id, Artifact.position)
+        )
+        for row in conn.execute(query).mappings():
+            out.setdefault(row["job_id"], []).append(row)
+    return out
+
+
+def artifact(conn: Connection, project_id: str, artifact_id: str) -> RowMapping | None:
+    """An artifact of the project."""
+    query = select(*ARTIFACT_COLUMNS).where(Artifact.id == artifact_id, Artifact.project_id == project_id)
+    return conn.execute(query).mappings().one_or_none()
+
+
+def attempts(conn: Connection, job_id: str) -> Sequence[RowMapping]:
+    """Every attempt of a job."""
+    columns = (Attempt.attempt, Attempt.worker, Attempt.group_size, Attempt.started_at, Attempt.finished_at, Attempt.outcome, Attempt.error, Attempt.phases)
+    return conn.execute(select(*columns).where(Attempt.job_id == job_id).order_by(Attempt.attempt)).mappings().all()
+
+
+def events(conn: Connection, *, job_id: str | None = None, batch_id: str | None = None, after: int = 0, limit: int = 1000) -> Sequence[RowMapping]:
+    """Events of a job or a batch after an event id, in order."""
+    query = select(Event.id, Event.at, Event.type, Event.batch_id, Event.job_id, Event.data).where(Event.id > after)
+    if job_id:
+        query = query.where(Event.job_id == job_id)
+    if batch_id:
+        query = query.where(Event.batch_id == batch_id)
+    return conn.execute(query.order_by(Event.id).limit(limit)).mappings().all()
+
+
+def parents(conn: Connection, job_id: str) -> list[str]:
+    """Ids of the jobs that a job waits for."""
+    return list(conn.execute(select(Dependency.parent_id).where(Dependency.job_id == job_id)).scalars())
+
+
+def latest(conn: Connection, job_ids: Sequence[str]) -> dict[str, str]:
+    """The newest retry of each job, where one was made: old id → new id."""
+    out: dict[str, str] = {}
+    frontier = {i: i for i in job_ids}
+    while frontier:
+        newer: dict[str, Any] = {}
+        ids = list(frontier)
+        for start in range(0, len(ids), 500):
+            query = select(Job.id, Job.retry_of).where(Job.retry_of.in_(ids[start : start + 500])).order_by(Job.id)
+            for row in conn.execute(query):
+                newer[row.id] = frontier[row.retry_of]
+        for new, root in newer.items():
+            out[root] = new
+        frontier = newer
+    return out
+
+
+def succeeded_with(conn: Connection, project_id: str, keys: Sequence[str]) -> dict[str, str]:
+    """A succeeded job for each result key that has one: key → job id."""
+    out: dict[str, str] = {}
+    for start in range(0, len(keys), 500):
+        query = select(Job.result_key, Job.id).where(
+            Job.result_key.in_(keys[start : start + 500]), Job.state == JobState.SUCCEEDED, Job.project_id == project_id
+        )
+        for key, job_id in conn.execute(query):
+            if key:
+                out[key] = job_id
+    return out

@@ -1,0 +1,309 @@
+"""Tables of the ledger, the same on SQLite and PostgreSQL.
+
+Times are unix seconds (double precision) by the database's own clock. Ids are text made by `contentfactory.ids`. JSON
+columns hold what is read back whole and never searched.
+"""
+
+from typing import Any
+
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    Boolean,
+    Double,
+    ForeignKey,
+    Index,
+    Integer,
+    MetaData,
+    SmallInteger,
+    String,
+    UniqueConstraint,
+    text,
+)
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+ID = String(40).with_variant(String(40, collation="C"), "postgresql")
+# SQLite only counts up by itself in a column declared INTEGER.
+SERIAL = BigInteger().with_variant(Integer(), "sqlite")
+
+
+class Base(DeclarativeBase):
+    """Base of the tables, with constraint names that migrations can rely on."""
+
+    metadata = MetaData(
+        naming_convention={
+            "ix": "ix_%(column_0_N_label)s",
+            "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+            "fk": "fk_%(table_name)s_%(column_0_name)s_%(referred_table_name)s",
+            "pk": "pk_%(table_name)s",
+        }
+    )
+    type_annotation_map = {dict[str, Any]: JSON(), list[Any]: JSON(), float: Double(), int: Integer()}
+
+
+class Project(Base):
+    """Whose jobs they are; the unit of fairness and of isolation."""
+
+    __tablename__ = "projects"
+    id: Mapped[str] = mapped_column(ID, primary_key=True)
+    name: Mapped[str] = mapped_column(String(200), unique=True)
+    weight: Mapped[float] = mapped_column(default=1.0)
+    paused: Mapped[bool] = mapped_column(Boolean, default=False)
+    created_at: Mapped[float]
+
+
+class Share(Base):
+    """Virtual time of a project on a queue: compute seconds dispatched, divided by its weight."""
+
+    __tablename__ = "shares"
+    queue: Mapped[str] = mapped_column(String(40), primary_key=True)
+    project_id: Mapped[str] = mapped_column(ID, ForeignKey("projects.id"), primary_key=True)
+    virtual_seconds: Mapped[float] = mapped_column(default=0.0)
+
+
+class Queue(Base):
+    """Switches of a queue; a queue without a row has the defaults."""
+
+    __tablename__ = "queues"
+    name: Mapped[str] = mapped_column(String(40), primary_key=True)
+    paused: Mapped[bool] = mapped_column(Boolean, default=False)
+
+
+class Batch(Base):
+    """What a user submitted together."""
+
+    __tablename__ = "batches"
+    id: Mapped[str] = mapped_column(ID, primary_key=True)
+    project_id: Mapped[str] = mapped_column(ID, ForeignKey("projects.id"))
+    name: Mapped[str] = mapped_column(String(300))
+    state: Mapped[str] = mapped_column(String(16))
+    paused: Mapped[bool] = mapped_column(Boolean, default=False)
+    priority: Mapped[int] = mapped_column(SmallInteger, default=0)
+    source: Mapped[dict[str, Any]] = mapped_column(default=dict)
+    source_digest: Mapped[str | None] = mapped_column(String(64))
+    cursor: Mapped[int] = mapped_column(BigInteger, default=0)
+    expander: Mapped[str | None] = mapped_column(String(200))
+    expander_until: Mapped[float | None]
+    total: Mapped[int] = mapped_column(BigInteger, default=0)
+    idempotency_key: Mapped[str | None] = mapped_column(String(255))
+    request_hash: Mapped[str | None] = mapped_column(String(64))
+    retry_of: Mapped[str | None] = mapped_column(ID)
+    labels: Mapped[dict[str, Any]] = mapped_column(default=dict)
+    error: Mapped[dict[str, Any] | None]
+    created_at: Mapped[float]
+    finished_at: Mapped[float | None]
+    __table_args__ = (
+        UniqueConstraint("project_id", "idempotency_key"),
+        Index("ix_batches_project", "project_id", "id"),
+        Index("ix_batches_open", "state", postgresql_where=text("finished_at IS NULL"), sqlite_where=text("finished_at IS NULL")),
+    )
+
+
+class BatchCount(Base):
+    """Folded counters of a batch by kind and state (``total`` and the terminal states)."""
+
+    __tablename__ = "batch_counts"
+    batch_id: Mapped[str] = mapped_column(ID, ForeignKey("batches.id", ondelete="CASCADE"), primary_key=True)
+    kind: Mapped[str] = mapped_column(String(80), primary_key=True)
+    state: Mapped[str] = mapped_column(String(16), primary_key=True)
+    n: Mapped[int] = mapped_column(BigInteger, default=0)
+
+
+class BatchDelta(Base):
+    """Changes of those counters, appended so that no row is fought over; the timer folds them."""
+
+    __tablename__ = "batch_deltas"
+    id: Mapped[int] = mapped_column(SERIAL, primary_key=True, autoincrement=True)
+    batch_id: Mapped[str] = mapped_column(ID, index=True)
+    kind: Mapped[str] = mapped_column(String(80))
+    state: Mapped[str] = mapped_column(String(16))
+    n: Mapped[int] = mapped_column(BigInteger)
+
+
+_QUEUED = text("state = 'queued'")
+_DISPATCHED = text("state = 'dispatched'")
+_RUNNING = text("state = 'running'")
+_SUCCEEDED = text("state = 'succeeded'")
+
+
+class Job(Base):
+    """One piece of work. Its row is the truth; `db.lifecycle` alone changes its state."""
+
+    __tablename__ = "jobs"
+    id: Mapped[str] = mapped_column(ID, primary_key=True)
+    project_id: Mapped[str] = mapped_column(ID, ForeignKey("projects.id"))
+    batch_id: Mapped[str | None] = mapped_column(ID, ForeignKey("batches.id"))
+    custom_id: Mapped[str | None] = mapped_column(String(200))
+    line: Mapped[int] = mapped_column(BigInteger, default=0)
+    kind: Mapped[str] = mapped_column(String(80))
+    queue: Mapped[str] = mapped_column(String(40))
+    state: Mapped[str] = mapped_column(String(16))
+    priority: Mapped[int] = mapped_column(SmallInteger, default=0)
+    # 100 - priority: ascending like rank, so that one plain index serves the dispatcher's order.
+    band: Mapped[int] = mapped_column(SmallInteger, default=100)
+    rank: Mapped[int] = mapped_column(BigInteger, default=0)
+    params: Mapped[dict[str, Any]]
+    model: Mapped[str | None] = mapped_column(String(300))
+    seed: Mapped[int] = mapped_column(BigInteger, default=0)
+    seconds: Mapped[float] = mapped_column(default=1.0)
+    share_key: Mapped[str] = mapped_column(String(40))
+    result_key: Mapped[str | None] = mapped_column(String(64))
+    reuse: Mapped[bool] = mapped_column(Boolean, default=True)
+    pending: Mapped[int] = mapped_column(default=0)
+    run_after: Mapped[float] = mapped_column(default=0.0)
+    attempt: Mapped[int] = mapped_column(default=0)
+    strikes: Mapped[int] = mapped_column(SmallInteger, default=0)
+    tries: Mapped[dict[str, Any]] = mapped_column(default=dict)
+    group_limit: Mapped[int] = mapped_column(default=0)
+    group_size: Mapped[int] = mapped_column(default=1)
+    lease_owner: Mapped[str | None] = mapped_column(String(200))
+    lease_until: Mapped[float | None]
+    cancel_requested: Mapped[bool] = mapped_column(Boolean, default=False)
+    progress: Mapped[float | None]
+    message: Mapped[str | None] = mapped_column(String(500))
+    error: Mapped[dict[str, Any] | None]
+    reused_from: Mapped[str | None] = mapped_column(ID)
+    retry_of: Mapped[str | None] = mapped_column(ID)
+    idempotency_key: Mapped[str | None] = mapped_column(String(255))
+    request_hash: Mapped[str | None] = mapped_column(String(64))
+    labels: Mapped[dict[str, Any]] = mapped_column(default=dict)
+    created_at: Mapped[float]
+    dispatched_at: Mapped[float | None]
+    started_at: Mapped[float | None]
+    finished_at: Mapped[float | None]
+    __table_args__ = (
+        UniqueConstraint("batch_id", "custom_id"),
+        UniqueConstraint("project_id", "idempotency_key"),
+        Index("ix_jobs_queued", "queue", "project_id", "band", "rank", "id", postgresql_where=_QUEUED, sqlite_where=_QUEUED),
+        Index("ix_jobs_dispatched", "queue", "dispatched_at", postgresql_where=_DISPATCHED, sqlite_where=_DISPATCHED),
+        Index("ix_jobs_running", "lease_until", postgresql_where=_RUNNING, sqlite_where=_RUNNING),
+        Index("ix_jobs_result", "result_key", postgresql_where=_SUCCEEDED, sqlite_where=_SUCCEEDED),
+        Index("ix_jobs_batch_line", "batch_id", "line", "id"),
+        Index("ix_jobs_batch_state", "batch_id", "state", "id"),
+        Index("ix_jobs_project", "project_id", "id"),
+    )
+
+
+class Dependency(Base):
+    """Edge of the graph: the job waits for the parent."""
+
+    __tablename__ = "job_dependencies"
+    job_id: Mapped[str] = mapped_column(ID, ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True)
+    parent_id: Mapped[str] = mapped_column(ID, primary_key=True, index=True)
+
+
+class Attempt(Base):
+    """One claim of a job by a worker: what came of it and where the time went."""
+
+    __tablename__ = "attempts"
+    job_id: Mapped[str] = mapped_column(ID, ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True)
+    attempt: Mapped[int] = mapped_column(primary_key=True)
+    worker: Mapped[str] = mapped_column(String(200))
+    group_size: Mapped[int] = mapped_column(default=1)
+    started_at: Mapped[float]
+    finished_at: Mapped[float | None]
+    outcome: Mapped[str | None] = mapped_column(String(16))
+    error: Mapped[dict[str, Any] | None]
+    phases: Mapped[dict[str, Any] | None]
+
+
+class Artifact(Base):
+    """A stored result (or input, or checkpoint): a row that points at immutable bytes."""
+
+    __tablename__ = "artifacts"
+    id: Mapped[str] = mapped_column(ID, primary_key=True)
+    project_id: Mapped[str] = mapped_column(ID, ForeignKey("projects.id"))
+    job_id: Mapped[str | None] = mapped_column(ID, ForeignKey("jobs.id"))
+    attempt: Mapped[int] = mapped_column(default=0)
+    position: Mapped[int] = mapped_column(default=0)
+    role: Mapped[str] = mapped_column(String(16), default="output")
+    name: Mapped[str] = mapped_column(String(200))
+    object_key: Mapped[str] = mapped_column(String(512))
+    sha256: Mapped[str] = mapped_column(String(64))
+    size: Mapped[int] = mapped_column(BigInteger)
+    media_type: Mapped[str] = mapped_column(String(120))
+    meta: Mapped[dict[str, Any]] = mapped_column(default=dict)
+    seed: Mapped[int | None] = mapped_column(BigInteger)
+    model: Mapped[str | None] = mapped_column(String(300))
+    parents: Mapped[list[Any]] = mapped_column(default=list)
+    created_at: Mapped[float]
+    __table_args__ = (
+        UniqueConstraint("job_id", "name"),
+        Index("ix_artifacts_object", "object_key"),
+        Index("ix_artifacts_project", "project_id", "id"),
+        Index("ix_artifacts_sha", "project_id", "sha256"),
+    )
+
+
+class ModelVersion(Base):
+    """A version of a model: where its files lie, what it can do, where it comes from."""
+
+    __tablename__ = "model_versions"
+    id: Mapped[str] = mapped_column(ID, primary_key=True)
+    project_id: Mapped[str] = mapped_column(ID, ForeignKey("projects.id"))
+    name: Mapped[str] = mapped_column(String(200))
+    version: Mapped[str] = mapped_column(String(64))
+    engine: Mapped[str] = mapped_column(String(80))
+    tasks: Mapped[list[Any]]
+    files: Mapped[dict[str, Any]] = mapped_column(default=dict)
+    options: Mapped[dict[str, Any]] = mapped_column(default=dict)
+    config: Mapped[dict[str, Any]] = mapped_column(default=dict)
+    metrics: Mapped[dict[str, Any]] = mapped_column(default=dict)
+    lineage: Mapped[dict[str, Any]] = mapped_column(default=dict)
+    memory_mb: Mapped[int] = mapped_column(default=0)
+    job_id: Mapped[str | None] = mapped_column(ID)
+    created_at: Mapped[float]
+    __table_args__ = (UniqueConstraint("project_id", "name", "version"),)
+
+
+class Dataset(Base):
+    """A registered version of a data set: its digest and its bytes."""
+
+    __tablename__ = "datasets"
+    id: Mapped[str] = mapped_column(ID, primary_key=True)
+    project_id: Mapped[str] = mapped_column(ID, ForeignKey("projects.id"))
+    name: Mapped[str] = mapped_column(String(200))
+    version: Mapped[int] = mapped_column(default=1)
+    digest: Mapped[str] = mapped_column(String(64))
+    items: Mapped[int] = mapped_column(BigInteger, default=0)
+    artifact_id: Mapped[str] = mapped_column(ID, ForeignKey("artifacts.id"))
+    meta: Mapped[dict[str, Any]] = mapped_column(default=dict)
+    created_at: Mapped[float]
+    __table_args__ = (UniqueConstraint("project_id", "name", "version"), UniqueConstraint("project_id", "name", "digest"))
+
+
+class Event(Base):
+    """What happened, in order: for watchers, webhooks and the story of a job."""
+
+    __tablename__ = "events"
+    id: Mapped[int] = mapped_column(SERIAL, primary_key=True, autoincrement=True)
+    at: Mapped[float]
+    type: Mapped[str] = mapped_column(String(40))
+    project_id: Mapped[str | None] = mapped_column(ID)
+    batch_id: Mapped[str | None] = mapped_column(ID)
+    job_id: Mapped[str | None] = mapped_column(ID)
+    data: Mapped[dict[str, Any]] = mapped_column(default=dict)
+    __table_args__ = (Index("ix_events_job", "job_id", "id"), Index("ix_events_batch", "batch_id", "id"))
+
+
+class Worker(Base):
+    """A worker's child as it last reported itself; for caps, warm-model preference and ``factory doctor``."""
+
+    __tablename__ = "workers"
+    id: Mapped[str] = mapped_column(String(200), primary_key=True)
+    queues: Mapped[list[Any]]
+    device: Mapped[str] = mapped_column(String(40))
+    started_at: Mapped[float]
+    seen_at: Mapped[float]
+    running: Mapped[int] = mapped_column(default=0)
+    models: Mapped[list[Any]] = mapped_column(default=list)
+
+
+class Mark(Base):
+    """Small facts of the factory itself by name (time of the last reaper round …)."""
+
+    __tablename__ = "marks"
+    name: Mapped[str] = mapped_column(String(80), primary_key=True)
+    value: Mapped[float]
+
+

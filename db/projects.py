@@ -1,0 +1,22 @@
+"""Projects."""
+
+from sqlalchemy import Connection, Row, select
+
+from contentfactory.ids import new_id
+from db.models import Project
+from db.session import insert_for, now
+
+
+def ensure(conn: Connection, name: str) -> str:
+    """The id of the project of that name, made if it is new."""
+    found = conn.execute(select(Project.id).where(Project.name == name)).scalar()
+    if found:
+        return found
+    statement = insert_for(conn, Project).values(id=new_id("proj"), name=name, weight=1.0, paused=False, created_at=now())
+    conn.execute(statement.on_conflict_do_nothing())
+    return conn.execute(select(Project.id).where(Project.name == name)).scalar_one()
+
+
+def list_all(conn: Connection) -> list[Row[tuple[str, str, float, bool]]]:
+    """Id, name, weight and pause of every project."""
+    return list(conn.execute(select(Project.id, Project.name, Project.weight, Project.paused).order_by(Project.name)))

@@ -1,0 +1,175 @@
+"""Connections to the ledger: SQLite in WAL mode or PostgreSQL, with explicit read and write transactions."""
+
+import random
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+from sqlalchemy import Connection, create_engine, event, make_url, text
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.sql.functions import FunctionElement
+from sqlalchemy.types import Double
+
+from contentfactory.errors import ConfigError, ServiceUnavailable
+
+T = TypeVar("T")
+
+
+class now(FunctionElement[float]):  # noqa: N801 - reads as the SQL function it is
+    """The database's clock as unix seconds; worker clocks decide nothing."""
+
+    type = Double()
+    inherit_cache = True
+    name = "factory_now"
+
+
+@compiles(now, "sqlite")
+def _now_sqlite(element: Any, compiler: Any, **kw: Any) -> str:
+    # unixepoch('subsec') needs SQLite 3.42; julianday is good to a millisecond everywhere.
+    return "((julianday('now') - 2440587.5) * 86400.0)"
+
+
+@compiles(now, "postgresql")
+def _now_postgresql(element: Any, compiler: Any, **kw: Any) -> str:
+    return "extract(epoch from clock_timestamp())::double precision"
+
+
+def insert_for(conn: Connection, table: type[Any]) -> Any:
+    """The dialect's INSERT, which knows ON CONFLICT."""
+    return (postgresql if conn.dialect.name == "postgresql" else sqlite).insert(table)
+
+
+class Database:
+    """An engine with the two kinds of transaction that the factory uses.
+
+    Args:
+        url: ``sqlite:///path`` or ``postgresql+psycopg://…`` (``postgresql://`` is accepted).
+        pool_size: Connections kept on PostgreSQL.
+        connect_timeout_s: Longest wait for a connection, seconds.
+
+    Raises:
+        ConfigError: If the URL is of another database.
+    """
+
+    def __init__(self, url: str, pool_size: int = 5, connect_timeout_s: float = 5.0) -> None:
+        parsed = make_url(url)
+        if parsed.drivername in ("postgresql", "postgres"):
+            parsed = parsed.set(drivername="postgresql+psycopg")
+        backend = parsed.get_backend_name()
+        self.sqlite = backend == "sqlite"
+        if self.sqlite:
+            if parsed.database and parsed.database != ":memory:":
+                Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
+            self.engine = create_engine(parsed, connect_args={"timeout": 30.0, "check_same_thread": False}, pool_pre_ping=False)
+            event.listen(self.engine, "connect", _sqlite_connect)
+            event.listen(self.engine, "begin", _sqlite_begin)
+        elif backend == "postgresql":
+            self.engine = create_engine(
+                parsed,
+                pool_size=pool_size,
+                max_overflow=10,
+                pool_timeout=connect_timeout_s,
+                pool_pre_ping=True,
+                connect_args={
+                    "connect_timeout": max(1, int(connect_timeout_s)),
+                    "keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 3,
+                    "application_name": "contentfactory",
+                },
+            )  # fmt: skip
+        else:
+            raise ConfigError(f"database_url names {backend!r}; allowed: sqlite, postgresql", param="database_url")
+
+    @contextmanager
+    def write(self) -> Iterator[Connection]:
+        """A transaction that may write; on SQLite it takes the write lock at its start, so it never fails to upgrade.
+
+        Raises:
+            ServiceUnavailable: If the database cannot be reached or stays locked.
+        """
+        with _mapped(), self.engine.connect().execution_options(factory_begin="IMMEDIATE") as connection:
+            with connection.begin():
+                yield connection
+
+    @contextmanager
+    def read(self) -> Iterator[Connection]:
+        """A transaction that only reads.
+
+        Raises:
+            ServiceUnavailable: If the database cannot be reached.
+        """
+        with _mapped(), self.engine.connect() as connection, connection.begin():
+            yield connection
+
+    def run(self, work: Callable[[Connection], T], tries: int = 5) -> T:
+        """Run a write transaction, again after a deadlock, serialisation failure or lost connection before the commit.
+
+        The work must be safe to repeat: fenced updates are, since a repeat finds the row already changed.
+
+        Raises:
+            ServiceUnavailable: If each try failed.
+        """
+        for left in reversed(range(tries)):
+            try:
+                with self.write() as connection:
+                    return work(connection)
+            except ServiceUnavailable:
+                if not left:
+                    raise
+                time.sleep(random.uniform(0.02, 0.1) * (tries - left))
+        raise AssertionError("unreachable")
+
+    def check(self) -> None:
+        """Ask the database for an answer.
+
+        Raises:
+            ServiceUnavailable: If it gives none.
+        """
+        with self.read() as connection:
+            connection.execute(text("SELECT 1"))
+
+    def close(self) -> None:
+        """Close every connection."""
+        self.engine.dispose()
+
+    @property
+    def dialect(self) -> str:
+        """``sqlite`` or ``postgresql``."""
+        return self.engine.dialect.name
+
+
+@contextmanager
+def _mapped() -> Iterator[None]:
+    """Map the driver's connection faults to ours; programming errors pass as they are."""
+    try:
+        yield
+    except (OperationalError, InterfaceError) as error:
+        raise ServiceUnavailable(f"the database did not answer: {str(error.orig)[:300]}", code="database_unavailable") from error
+    except DBAPIError as error:
+        if error.connection_invalidated:
+            raise ServiceUnavailable("the connection to the database was lost", code="database_unavailable") from error
+        raise
+
+
+def _sqlite_connect(connection: Any, record: Any) -> None:
+    # The driver's own transaction handling would begin late and commit before DDL; we begin ourselves.
+    connection.isolation_level = None
+    cursor = connection.cursor()
+    cursor.execute("PRAGMA journal_mode=WAL")
+    # FULL: an accepted job must survive a power cut, not only a crash of the process.
+    cursor.execute("PRAGMA synchronous=FULL")
+    cursor.execute("PRAGMA foreign_keys=ON")
+    cursor.execute("PRAGMA busy_timeout=30000")
+    cursor.execute("PRAGMA cache_size=-32768")
+    cursor.close()
+
+
+def _sqlite_begin(connection: Connection) -> None:
+    mode = connection.get_execution_options().get("factory_begin", "DEFERRED")
+    connection.exec_driver_sql(f"BEGIN {mode}")
+
+
+__all__ = ["Database", "insert_for", "now"]

@@ -1,0 +1,79 @@
+"""Dispatch: queued rows become hints on the broker. Anybody may run it at any time; SQL decides who gets what."""
+
+from collections.abc import Iterable
+
+import structlog
+
+from contentfactory.errors import ServiceUnavailable
+from contentfactory.settings import Settings
+from db import lifecycle
+from db.session import Database
+from producer.publish import Publisher
+
+log = structlog.get_logger(__name__)
+
+
+class Dispatcher:
+    """Moves queued jobs to the broker, up to the cap of each queue.
+
+    Args:
+        database: The ledger.
+        publisher: Connection to the broker.
+        settings: Caps.
+    """
+
+    def __init__(self, database: Database, publisher: Publisher, settings: Settings) -> None:
+        self.database = database
+        self.publisher = publisher
+        self.settings = settings
+
+    def dispatch(self, queues: Iterable[str] | None = None) -> int:
+        """Dispatch what fits.
+
+        Args:
+            queues: Only these; every queue with queued jobs where left out.
+
+        Returns:
+            Number of jobs sent. A broker that is away is no error: the jobs stay queued.
+        """
+        if queues is None:
+            with self.database.read() as conn:
+                queues = lifecycle.queues_with_work(conn)
+        sent = 0
+        for queue in queues:
+            while True:
+                hints = self.database.run(lambda conn, q=queue: lifecycle.dispatch(conn, q, cap_s=self.settings.inflight_s))
+                if not hints:
+                    break
+                unsent = self.publisher.send(hints)
+                if unsent:
+                    ids = [i for hint in unsent for i in hint.ids]
+                    self.database.run(lambda conn, i=ids: lifecycle.undispatch(conn, i))
+                    log.warning("broker_unavailable", action="undispatch", queue=queue, jobs=len(ids))
+                    return sent
+                sent += sum(len(hint.ids) for hint in hints)
+        return sent
+
+    def rescue(self, queues: Iterable[str], margin_s: float = 5.0) -> int:
+        """Queue jobs again whose hints the broker has lost.
+
+        Args:
+            queues: Queues to look at.
+            margin_s: A hint younger than this may still be on its way into a worker's hands.
+
+        Returns:
+            Number of jobs.
+        """
+        rescued = 0
+        for queue in queues:
+            try:
+                oldest = self.publisher.oldest(queue)
+            except ServiceUnavailable:
+                return rescued
+            with self.database.write() as conn:
+                edge = lifecycle.database_time(conn) - margin_s
+                n = lifecycle.rescue_dispatched(conn, queue, edge if oldest is None else min(edge, oldest))
+            if n:
+                log.warning("hints_lost", action="rescue", queue=queue, jobs=n)
+            rescued += n
+        return rescued

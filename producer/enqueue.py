@@ -1,0 +1,471 @@
+"""Accepting: validated jobs become rows in one transaction; only then is anybody told, and only then is anything sent."""
+
+import gzip
+import hashlib
+import json
+import os
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import structlog
+
+from contentfactory.errors import Conflict, FactoryError, InputError, NotFound, ServiceUnavailable
+from contentfactory.ids import is_id, new_id, stable_seed
+from contentfactory.jobs.spec import Params, canonical, get_kind, iter_inputs, iter_refs
+from contentfactory.settings import Settings
+from contentfactory.states import BatchState, JobState, Priority
+from db import batches, jobs, lifecycle, projects, registry
+from db.session import Database
+from producer import manifest as manifests
+from producer.dispatch import Dispatcher
+from producer.models import ModelPins
+from producer.publish import Publisher
+from storage.base import ObjectStore
+from storage.keys import input_key, media_type_for
+
+log = structlog.get_logger(__name__)
+
+EXPAND_ROWS = 2000
+"""Rows in one transaction of the expander."""
+
+
+def job_id_for(batch_id: str, custom_id: str) -> str:
+    """The id of a batch's job: a function of both, so that a repeated chunk writes nothing twice and a dependency may point
+    to a line that is not there yet. Its first half is the batch's own time stamp, so ids still sort by age.
+    """
+    digest = hashlib.sha256(f"{batch_id}\x1f{custom_id}".encode()).hexdigest()
+    return f"job_{batch_id.partition('_')[2][:12]}{digest[:20]}"
+
+
+class Producer:
+    """The accepting side: single jobs, batches, files.
+
+    Args:
+        settings: Project name, caps.
+        database: The ledger.
+        store: Object storage.
+        publisher: Broker; without one, jobs wait for the timer.
+    """
+
+    def __init__(self, settings: Settings, database: Database, store: ObjectStore, publisher: Publisher | None = None) -> None:
+        self.settings = settings
+        self.database = database
+        self.store = store
+        self.dispatcher = Dispatcher(database, publisher, settings) if publisher else None
+        self._projects: dict[str, str] = {}
+
+    def project_id(self, name: str | None = None) -> str:
+        """Id of a project by name (the settings' one where left out), made if it is new."""
+        name = name or self.settings.project
+        if name not in self._projects:
+            self._projects[name] = self.database.run(lambda conn: projects.ensure(conn, name))
+        return self._projects[name]
+
+    # --- one job ---
+
+    def submit(
+        self,
+        kind: str,
+        params: Mapping[str, Any],
+        *,
+        project: str | None = None,
+        priority: int = Priority.NORMAL,
+        seed: int | None = None,
+        depends_on: Sequence[str] = (),
+        idempotency_key: str | None = None,
+        reuse: bool = True,
+        labels: Mapping[str, str] | None = None,
+    ) -> str:
+        """Accept one job.
+
+        Args:
+            kind: Kind of job.
+            params: Its parameters.
+            project: Project's name.
+            priority: 0 to 100.
+            seed: Seed; random where left out.
+            depends_on: Ids of jobs that must succeed first.
+            idempotency_key: The same key with the same request gives the same job.
+            reuse: Whether an equal earlier result may be taken.
+            labels: The caller's own notes.
+
+        Returns:
+            The job's id; its row is committed.
+
+        Raises:
+            InputError: If something is wrong with the request.
+            Conflict: If the key was used for another request.
+            ServiceUnavailable: If the ledger cannot be written.
+        """
+        spec = get_kind(kind)
+        parsed = spec.validate(params)
+        if not 0 <= priority <= 100:
+            raise InputError(f"priority is {priority}; allowed: 0 to 100", param="priority")
+        if seed is not None and not 0 <= seed < 2**32:
+            raise InputError(f"seed is {seed}; allowed: 0 to {2**32 - 1}", param="seed")
+        if idempotency_key is not None and not 0 < len(idempotency_key) <= 255:
+            raise InputError(f"idempotency_key has {len(idempotency_key)} characters; allowed: 1 to 255", param="idempotency_key")
+        project_id = self.project_id(project)
+        parents = tuple(dict.fromkeys((*depends_on, *(ref.job for _, ref in iter_refs(parsed)))))
+        request = {"kind": spec.name, "params": canonical(parsed), "priority": priority, "seed": seed, "depends_on": list(depends_on)}
+        request_hash = hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
+        job_id = new_id("job")
+        chosen = seed if seed is not None else int.from_bytes(os.urandom(4), "big") >> 1
+
+        def work(conn: Any) -> str:
+            if idempotency_key is not None:
+                earlier = jobs.by_key(conn, project_id, idempotency_key)
+                if earlier is not None:
+                    if earlier["request_hash"] != request_hash:
+                        raise Conflict(f"idempotency key {idempotency_key!r} was used for another request", code="idempotency_conflict")
+                    return str(earlier["id"])
+            for parent in parents:
+                if not is_id(parent, "job") or jobs.get(conn, project_id, parent) is None:
+                    raise InputError(f"depends on {parent!r}, which is no job of this project", code="unknown_dependency", param="depends_on")
+            model = ModelPins(conn, project_id).pin(spec, getattr(parsed, "model", None))
+            self._check_artifacts(conn, project_id, parsed)
+            row = lifecycle.NewJob(
+                id=job_id, project_id=project_id, kind=spec.name, queue=spec.queue, params=parsed.model_dump(mode="json"),
+                share_key=spec.share_key(parsed, model), seconds=_seconds(spec, parsed), seed=chosen, model=model,
+                priority=priority, parents=parents, reuse=reuse and spec.cacheable and self.settings.reuse_results,
+                idempotency_key=idempotency_key, request_hash=request_hash, labels=dict(labels or {}),
+            )  # fmt: skip
+            if not lifecycle.insert_jobs(conn, [row]):
+                # Somebody else committed the same key between our look and our insert: look again.
+                raise ServiceUnavailable("the same idempotency key is being accepted right now", code="busy")
+            return job_id
+
+        made = self.database.run(work)
+        if made == job_id:
+            self.kick([spec.queue])
+        return made
+
+    def _check_artifacts(self, conn: Any, project_id: str, params: Params) -> None:
+        for field, modality, value in iter_inputs(params):
+            if not isinstance(value, str) or modality == "text":
+                continue
+            if value.startswith("file:"):
+                raise InputError(f"{field}: {value[:80]!r} names a file of this machine; upload it first", param=field)
+            if value.startswith("art_") and jobs.artifact(conn, project_id, value) is None:
+                raise InputError(f"{field}: {value} is no artifact of this project", code="unknown_artifact", param=field)
+
+    def kick(self, queues: Sequence[str] | None = None) -> None:
+        """Dispatch now; whatever fails here, the timer does later."""
+        if self.dispatcher is None:
+            return
+        try:
+            self.dispatcher.dispatch(queues)
+        except ServiceUnavailable as error:
+            log.warning("dispatch_deferred", action="kick", error=error.message)
+
+    # --- files ---
+
+    def upload(self, path: Path, *, media_type: str | None = None, project: str | None = None) -> str:
+        """Store a local file as an input. Equal bytes are one artifact.
+
+        Returns:
+            Artifact id.
+
+        Raises:
+            InputError: If the file cannot be read or is too large.
+        """
+        try:
+            size = path.stat().st_size
+            if size > self.settings.max_input_mb * 2**20:
+                raise InputError(f"{path} has {size} bytes; the limit is {self.settings.max_input_mb} MB (FACTORY_MAX_INPUT_MB)")
+            with open(path, "rb") as stream:
+                sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
+        except OSError as error:
+            raise InputError(f"{path} cannot be read: {error.strerror}") from None
+        project_id = self.project_id(project)
+        media_type = media_type or media_type_for(path.name)
+        key = input_key(project_id, sha256, path.suffix if path.suffix.lstrip(".").isalnum() else "")
+        self.store.put(key, path, media_type=media_type, sha256=sha256, size=size)
+        return self.database.run(
+            lambda conn: registry.add_input(
+                conn, project_id, name=path.name, object_key=key, sha256=sha256, size=size, media_type=media_type
+            )
+        )
+
+    # --- batches ---
+
+    def plan(self, manifest: manifests.Manifest, *, project: str | None = None, progress: Any = None) -> manifests.Report:
+        """Check a manifest to the last line, models included; nothing is accepted."""
+        project_id = self.project_id(project)
+        with self.database.read() as conn:
+            pins = ModelPins(conn, project_id)
+
+            def vet(line: manifests.JobLine) -> Iterator[str]:
+                try:
+                    pins.pin(line.spec, getattr(line.parsed, "model", None))
+                except InputError as error:
+                    yield error.message
+                for field, _, value in iter_inputs(line.parsed):
+                    if isinstance(value, str) and value.startswith("art_") and jobs.artifact(conn, project_id, value) is None:
+                        yield f"{field}: {value} is no artifact of this project"
+
+            return manifests.check(manifest, vet=vet, progress=progress)
+
+    def create_batch(
+        self,
+        manifest: manifests.Manifest,
+        *,
+        name: str | None = None,
+        project: str | None = None,
+        priority: int = Priority.BULK,
+        reuse: bool = True,
+        labels: Mapping[str, str] | None = None,
+        resume: bool = True,
+        progress: Any = None,
+    ) -> tuple[str, bool]:
+        """Accept a manifest: check every line, store it, commit the batch's row. Expanding follows (`expand`).
+
+        Args:
+            manifest: An opened manifest.
+            name: Title; the manifest's own or its file name where left out.
+            project: Project's name.
+            priority: Added to nothing: the priority of lines that name none.
+            reuse: Whether equal earlier results may be taken.
+            labels: Notes.
+            resume: Whether an unfinished batch of the very same content is continued instead of making another.
+            progress: Told the number of jobs read, now and then.
+
+        Returns:
+            Batch id, and whether it is a continued one.
+
+        Raises:
+            InputError: With every mistake by its line; nothing is accepted then.
+        """
+        report = self.plan(manifest, project=project, progress=progress)
+        report.raise_for_errors()
+        project_id = self.project_id(project)
+        uploaded = self._upload_files(manifest, project)
+        handle, spool_name = tempfile.mkstemp(prefix="factory-manifest-", suffix=".jsonl.gz")
+        os.close(handle)
+        spool = Path(spool_name)
+        try:
+            digest, total = self._spool(manifest, uploaded, spool, priority, reuse)
+            if resume:
+                with self.database.read() as conn:
+                    found = batches.find_open(conn, project_id, digest)
+                if found:
+                    return found, True
+            with open(spool, "rb") as stream:
+                sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
+            key = input_key(project_id, sha256, ".jsonl.gz")
+            self.store.put(key, spool, media_type="application/gzip", sha256=sha256)
+        finally:
+            spool.unlink(missing_ok=True)
+        batch_id = new_id("batch")
+        source = {"object_key": key, "sha256": sha256, "jobs": total, "file": manifest.path.name}
+        title = name or manifest.name or manifest.path.name
+        self.database.run(
+            lambda conn: batches.create(conn, batch_id, project_id, title, source=source, digest=digest, priority=priority, labels=labels)
+        )
+        return batch_id, False
+
+    def _upload_files(self, manifest: manifests.Manifest, project: str | None) -> dict[str, str]:
+        uploaded: dict[str, str] = {}
+        for line in manifests.lines(manifest):
+            for one in line.files:
+                if one.address not in uploaded:
+                    uploaded[one.address] = self.upload(one.path, project=project)
+        return uploaded
+
+    def _spool(self, manifest: manifests.Manifest, uploaded: Mapping[str, str], target: Path, priority: int, reuse: bool) -> tuple[str, int]:
+        """Write the validated jobs as one JSON line each; returns the digest of the lines and their number.
+
+        The expander then needs neither the user's files nor a second validation of templates, and may stop anywhere.
+        """
+        digest = hashlib.sha256()
+        total = 0
+        with open(target, "wb") as raw, gzip.GzipFile(fileobj=raw, mode="wb", compresslevel=1, mtime=0) as out:
+            for line in manifests.lines(manifest):
+                record = {
+                    "n": line.position, "line": line.line or line.position, "id": line.custom_id, "kind": line.kind,
+                    "params": line.with_files(uploaded), "parents": list(line.parents),
+                    "priority": line.priority or priority, "seed": line.seed, "labels": line.metadata, "reuse": reuse,
+                }  # fmt: skip
+                data = json.dumps(record, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode() + b"\n"
+                digest.update(data)
+                out.write(data)
+                total += 1
+        return digest.hexdigest(), total
+
+    def expand(self, batch_id: str, seconds: float | None = None) -> bool:
+        """Write a batch's rows, chunk by chunk, from where the last expander stopped. Several may try: the cursor decides.
+
+        Args:
+            batch_id: Batch in state ``expanding``.
+            seconds: Longest time to spend; None to go on to the end.
+
+        Returns:
+            Whether the batch is expanded.
+        """
+        end = None if seconds is None else time.monotonic() + seconds
+        with self.database.read() as conn:
+            project_id = conn.execute(_batch_project(batch_id)).scalar()
+            row = batches.get(conn, project_id, batch_id) if project_id else None
+        if row is None:
+            raise NotFound(f"batch {batch_id} does not exist")
+        if row["state"] != BatchState.EXPANDING:
+            return True
+        cursor = row["cursor"]
+        rank0 = int(row["created_at"] * 1000) * 1_000_000
+        try:
+            for chunk in self._records(row["source"]["object_key"], cursor):
+                new = chunk[-1]["n"]
+                if not self._write_chunk(row, chunk, cursor, new, rank0):
+                    return False  # another expander is ahead of us
+                if cursor == 0:
+                    self.kick()
+                cursor = new
+                if end is not None and time.monotonic() > end:
+                    return False
+        except FactoryError as error:
+            if error.retryable:
+                raise
+            self.database.run(lambda conn: batches.fail(conn, batch_id, error.to_dict()))
+            log.error("batch_failed", action="expand", batch=batch_id, code=error.code)
+            return True
+        self.database.run(lambda conn: batches.expanded(conn, batch_id))
+        self.database.run(lambda conn: lifecycle.close_batches(conn, [batch_id]))
+        self.kick()
+        return True
+
+    def _records(self, object_key: str, after: int) -> Iterator[list[dict[str, Any]]]:
+        chunk: list[dict[str, Any]] = []
+        with self.store.open(object_key) as raw, gzip.GzipFile(fileobj=raw) as stream:
+            for data in stream:
+                # The running number leads nowhere else: skip what is written without parsing all of it.
+                record = json.loads(data)
+                if record["n"] <= after:
+                    continue
+                chunk.append(record)
+                if len(chunk) >= EXPAND_ROWS:
+                    yield chunk
+                    chunk = []
+        if chunk:
+            yield chunk
+
+    def _write_chunk(self, batch: Mapping[str, Any], chunk: Sequence[Mapping[str, Any]], old: int, new: int, rank0: int) -> bool:
+        batch_id, project_id = batch["id"], batch["project_id"]
+
+        def work(conn: Any) -> bool:
+            pins = ModelPins(conn, project_id)
+            rows = [self._row(record, batch_id, project_id, pins, rank0) for record in chunk]
+            if not batches.advance(conn, batch_id, old, new, len(rows)):
+                return False
+            lifecycle.insert_jobs(conn, rows)
+            return True
+
+        return self.database.run(work)
+
+    def _row(self, record: Mapping[str, Any], batch_id: str, project_id: str, pins: ModelPins, rank0: int) -> lifecycle.NewJob:
+        spec = get_kind(record["kind"])
+        parsed = _with_ids(spec.validate(record["params"]), batch_id)
+        model = pins.pin(spec, getattr(parsed, "model", None))
+        seed = record["seed"]
+        return lifecycle.NewJob(
+            id=job_id_for(batch_id, record["id"]), project_id=project_id, batch_id=batch_id, custom_id=record["id"],
+            line=record["n"], rank=rank0 + min(record["n"], 999_999), kind=spec.name, queue=spec.queue,
+            params=parsed.model_dump(mode="json"), share_key=spec.share_key(parsed, model), seconds=_seconds(spec, parsed),
+            seed=seed if seed is not None else stable_seed(record["id"], json.dumps(record["params"], sort_keys=True)),
+            model=model, priority=record["priority"],
+            parents=tuple(p if is_id(p, "job") else job_id_for(batch_id, p) for p in record["parents"]),
+            reuse=record["reuse"] and spec.cacheable and self.settings.reuse_results, labels=record["labels"],
+        )  # fmt: skip
+
+    def retry_failed(self, batch_id: str, *, project: str | None = None) -> str | None:
+        """Run a batch's failed, dead and cancelled jobs again as a new batch of linked jobs; what succeeded stays.
+
+        A child that failed because its parent did comes along and waits for the parent's new job.
+
+        Returns:
+            The new batch's id, or None if nothing is to be retried.
+
+        Raises:
+            NotFound: If the project has no such batch.
+            Conflict: If the batch still runs.
+        """
+        project_id = self.project_id(project)
+        new_batch = new_id("batch")
+
+        def work(conn: Any) -> str | None:
+            batch = batches.get(conn, project_id, batch_id)
+            if batch is None:
+                raise NotFound(f"batch {batch_id} does not exist")
+            if batch["finished_at"] is None:
+                raise Conflict(f"batch {batch_id} is {batch['state']}; wait for it or cancel it first", code="batch_not_finished")
+            rows = list(jobs.of_batch(conn, batch_id, (JobState.FAILED, JobState.DEAD, JobState.CANCELLED)))
+            newer = jobs.latest(conn, [row["id"] for row in rows])
+            rows = [row for row in rows if row["id"] not in newer]
+            if not rows:
+                return None
+            again = {row["id"]: job_id_for(new_batch, row["custom_id"] or row["id"]) for row in rows}
+            batches.create(
+                conn, new_batch, project_id, batch["name"], source={"retry_of": batch_id, "file": batch["source"].get("file")}, digest=None,
+                priority=batch["priority"], labels=batch["labels"], retry_of=batch_id,
+            )  # fmt: skip
+            made = []
+            for row in rows:
+                spec = get_kind(row["kind"])
+                text = json.dumps(row["params"])
+                for old, fresh in {**newer, **again}.items():
+                    text = text.replace(old, fresh)
+                parsed = spec.validate(json.loads(text))
+                parents = [again.get(p, newer.get(p, p)) for p in jobs.parents(conn, row["id"])]
+                made.append(
+                    lifecycle.NewJob(
+                        id=again[row["id"]], project_id=project_id, batch_id=new_batch, custom_id=row["custom_id"], line=row["line"],
+                        rank=row["rank"], kind=row["kind"], queue=row["queue"], params=parsed.model_dump(mode="json"),
+                        share_key=spec.share_key(parsed, row["model"]), seconds=row["seconds"], seed=row["seed"], model=row["model"],
+                        priority=row["priority"], parents=tuple(parents), retry_of=row["id"], labels=row["labels"],
+                    )
+                )  # fmt: skip
+            batches.advance(conn, new_batch, 0, len(made), len(made))
+            lifecycle.insert_jobs(conn, made)
+            batches.expanded(conn, new_batch)
+            return new_batch
+
+        made = self.database.run(work)
+        if made:
+            self.kick()
+        return made
+
+
+def _batch_project(batch_id: str) -> Any:
+    from sqlalchemy import select
+
+    from db.models import Batch
+
+    return select(Batch.project_id).where(Batch.id == batch_id)
+
+
+def _seconds(spec: Any, parsed: Params) -> float:
+    try:
+        return max(1e-6, float(spec.seconds(parsed)))
+    except Exception:
+        # An estimate that trips over a reference where it expects text must not refuse the job.
+        return 1.0
+
+
+def _with_ids(params: Params, batch_id: str) -> Params:
+    """References by ``custom_id`` become references by job id."""
+    if not any(True for _ in iter_refs(params)):
+        return params
+
+    def walk(value: Any, model: Any) -> Any:
+        if isinstance(value, dict):
+            if set(value) <= {"job", "output"} and "job" in value:
+                job = value["job"]
+                return {**value, "job": job if is_id(job, "job") else job_id_for(batch_id, job)}
+            return {k: walk(v, model) for k, v in value.items()}
+        if isinstance(value, list):
+            return [walk(v, model) for v in value]
+        return value
+
+    return type(params).model_validate(walk(params.model_dump(mode="json"), None))

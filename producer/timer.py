@@ -1,0 +1,105 @@
+"""The timer: the safety net under everything that normally happens at once. Several may run; SQL keeps them apart.
+
+Run it with ``python -m producer.timer``.
+"""
+
+import signal
+import threading
+import time
+
+import structlog
+
+from contentfactory.errors import FactoryError, ServiceUnavailable
+from contentfactory.jobs.spec import QUEUES, load_kinds
+from producer.logs import configure_logs
+from contentfactory.settings import Settings, load_settings
+from contentfactory.states import BatchState
+from db import batches, lifecycle
+from db.session import Database
+from producer.dispatch import Dispatcher
+from producer.enqueue import Producer
+from producer.publish import Publisher
+from producer.services import open_store
+
+log = structlog.get_logger(__name__)
+
+
+class Timer:
+    """Dispatches, rescues, folds, closes and expands, each at its own pace.
+
+    Args:
+        settings: Periods and caps.
+        database: The ledger.
+        publisher: Connection to the broker.
+        producer: Expands batches.
+    """
+
+    def __init__(self, settings: Settings, database: Database, publisher: Publisher, producer: Producer) -> None:
+        self.settings = settings
+        self.database = database
+        self.dispatcher = Dispatcher(database, publisher, settings)
+        self.producer = producer
+
+    def tick(self) -> None:
+        """One quick round: expand, dispatch, fold and close."""
+        with self.database.read() as conn:
+            expanding = batches.ids_in(conn, BatchState.EXPANDING)
+            cancelling = batches.ids_in(conn, BatchState.CANCELLING)
+        for batch_id in expanding:
+            self.producer.expand(batch_id, seconds=self.settings.dispatch_period_s)
+        for batch_id in cancelling:
+            self.database.run(lambda conn, b=batch_id: lifecycle.cancel_batch(conn, b))
+        self.dispatcher.dispatch()
+        self.database.run(lifecycle.fold_counts)
+        self.database.run(lifecycle.close_batches)
+
+    def rescue(self) -> None:
+        """One slow round: leases, lost hints, stuck graphs."""
+        s = self.settings
+        states = self.database.run(lambda conn: lifecycle.reap(conn, lease_s=s.lease_s, period_s=s.reaper_period_s))
+        if states:
+            log.warning("leases_expired", action="reap", **states)
+        self.dispatcher.rescue(QUEUES)
+        stuck = self.database.run(lifecycle.unblock_stuck)
+        if stuck:
+            log.warning("blocked_jobs_freed", action="unblock", jobs=stuck)
+
+    def run(self, stop: threading.Event) -> None:
+        """Work until told to stop; a service that is away is waited for."""
+        next_rescue = 0.0
+        while not stop.is_set():
+            started = time.monotonic()
+            try:
+                self.tick()
+                if started >= next_rescue:
+                    next_rescue = started + self.settings.reaper_period_s
+                    self.rescue()
+            except ServiceUnavailable as error:
+                log.warning("service_unavailable", action="timer", error=error.message)
+            except FactoryError as error:
+                log.error("timer_round_failed", action="timer", code=error.code, error=error.message)
+            except Exception:
+                # The net must not tear: whatever went wrong in this round, the next one comes.
+                log.exception("timer_round_failed", action="timer")
+            stop.wait(max(0.05, self.settings.dispatch_period_s - (time.monotonic() - started)))
+
+
+def main() -> None:
+    """Entry point of the timer process."""
+    settings = load_settings()
+    configure_logs(settings)
+    load_kinds()
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    database = Database(settings.database())
+    publisher = Publisher(settings)
+    timer = Timer(settings, database, publisher, Producer(settings, database, open_store(settings), publisher))
+    log.info("timer_started", action="start")
+    timer.run(stop)
+    publisher.close()
+    database.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,394 @@
+"""Objects as plain files of a folder, with the same promises as on S3.
+
+Layout of the folder::
+
+    objects/<key>         the bytes, under their key, so that a person can look at them
+    meta/<key>.json       digest and media type
+    tmp/                  what is being written
+
+A write goes to ``tmp``, is flushed to the disk and then hard-linked to its key: the link either appears whole or not at all, and it
+never replaces another. The description follows; if a crash comes between, it is made again from the bytes, so it never has to be
+flushed.
+"""
+
+import errno
+import json
+import os
+import secrets
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO
+
+import structlog
+
+from contentfactory.errors import (
+    ConfigError,
+    InputError,
+    ObjectExists,
+    ObjectNotFound,
+    ServiceUnavailable,
+    StorageError,
+)
+from storage.base import CHUNK, Source, StoredObject
+from storage.keys import media_type_for, promised_sha256, sha256_of_key, validate_key, validate_prefix
+from storage.signing import SignedRequest, UrlSigner, check_media_type
+from storage.streams import (
+    DISK_FULL,
+    NO_PERMISSION,
+    HashingReader,
+    Slice,
+    buffered,
+    check_range,
+    download_to,
+    opened,
+    sha256_of,
+)
+
+_log = structlog.get_logger(__name__)
+_NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
+
+
+class LocalStore:
+    """A folder as an object store, for one machine or a shared file system that knows hard links.
+
+    Several processes may use the folder at once.
+
+    Args:
+        root: The folder; made if missing.
+        durable: Whether a put returns only when the bytes are on the disk, so that they outlive a power cut. Without it they still
+            outlive the death of the process.
+        base_url: Where the API is reached; for links only.
+        signing_secret: Secret for links, at least 16 bytes; for links only.
+        clock: Seconds since 1970, for links.
+
+    Raises:
+        ServiceUnavailable: If the folder cannot be made or written.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        *,
+        durable: bool = True,
+        base_url: str | None = None,
+        signing_secret: str | bytes | None = None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        if not root.is_absolute():
+            raise ConfigError(
+                f"the folder of a local store must be absolute, not {str(root)!r}", param="storage_url"
+            )
+        self.root = root
+        self._objects = root / "objects"
+        self._meta = root / "meta"
+        self._tmp = root / "tmp"
+        self._durable = durable
+        self._signer = UrlSigner(signing_secret, base_url, clock=clock)
+        self._rename_lock = threading.Lock()
+        with self._mapped("open"):
+            for folder in (self._objects, self._meta, self._tmp):
+                try:
+                    folder.mkdir(parents=True, exist_ok=True)
+                except (FileExistsError, NotADirectoryError):
+                    raise ServiceUnavailable(
+                        f"the storage folder {root} cannot be made: a file is in its way"
+                    ) from None
+
+    def put(
+        self, key: str, data: Source, *, media_type: str, sha256: str | None = None, size: int | None = None
+    ) -> StoredObject:
+        """See ``ObjectStore.put``."""
+        target = self._path(key)
+        expected = promised_sha256(key, sha256)
+        check_media_type(media_type)
+        with opened(data) as stream, self._mapped("write"), self._temporary() as temporary:
+            reader = HashingReader(stream, key, sha256=expected, size=size)
+            with temporary.open("xb") as file:
+                while chunk := reader.read(CHUNK):
+                    file.write(chunk)
+                file.flush()
+                if self._durable:
+                    os.fsync(file.fileno())
+            self._make_folder(target.parent)
+            if self._link(temporary, target):
+                self._write_meta(key, reader.sha256, media_type)
+            else:
+                self._settle(key, temporary, reader, media_type)
+            if self._durable:
+                _sync_folder(target.parent)
+            stored = self._describe(key)
+        if stored is None:
+            raise StorageError(f"object {key} was deleted while it was put")
+        return stored
+
+    def get(self, key: str, *, start: int = 0, end: int | None = None) -> bytes:
+        """See ``ObjectStore.get``."""
+        with self._mapped("read"), self._reader(key, start, end) as reader:
+            return reader.readall()
+
+    def open(self, key: str, *, start: int = 0, end: int | None = None) -> BinaryIO:
+        """See ``ObjectStore.open``. Whoever reads all of an object learns from an ``IntegrityError`` that its bytes have changed."""
+        with self._mapped("read"):
+            return buffered(self._reader(key, start, end))
+
+    def download(self, key: str, path: Path, *, sha256: str | None = None) -> None:
+        """See ``ObjectStore.download``."""
+        expected = promised_sha256(key, sha256)
+        with self._mapped("read"), self._reader(key, 0, None, expected) as reader:
+            download_to(path, reader)
+
+    def head(self, key: str) -> StoredObject | None:
+        """See ``ObjectStore.head``."""
+        validate_key(key)
+        with self._mapped("read"):
+            return self._describe(key)
+
+    def delete(self, keys: Iterable[str]) -> int:
+        """See ``ObjectStore.delete``."""
+        wanted = {key: self._path(key) for key in keys}
+        with self._mapped("delete"):
+            for key, path in wanted.items():
+                # The object first: a description without an object is invisible.
+                for victim in (path, self._meta_path(key)):
+                    with suppress(FileNotFoundError, NotADirectoryError):
+                        victim.unlink()
+        return len(wanted)
+
+    def list(self, prefix: str = "") -> Iterator[StoredObject]:
+        """See ``ObjectStore.list``."""
+        validate_prefix(prefix)
+        folder = prefix.rpartition("/")[0]
+        with self._mapped("list"):
+            yield from self._walk(self._objects / folder if folder else self._objects, folder, prefix)
+
+    def presign_get(
+        self,
+        key: str,
+        *,
+        expires_s: int,
+        filename: str | None = None,
+        media_type: str | None = None,
+        inline: bool = False,
+    ) -> str:
+        """See ``ObjectStore.presign_get``. The link leads to the API, which asks ``verify_url``."""
+        return self._signer.get_url(
+            key, expires_s=expires_s, filename=filename, media_type=media_type, inline=inline
+        )
+
+    def presign_put(self, key: str, *, expires_s: int, media_type: str, size: int) -> str:
+        """See ``ObjectStore.presign_put``. The link leads to the API, which asks ``verify_url``."""
+        return self._signer.put_url(key, expires_s=expires_s, media_type=media_type, size=size)
+
+    def verify_url(self, url: str, method: str = "GET") -> SignedRequest:
+        """See ``UrlSigner.verify``."""
+        return self._signer.verify(url, method)
+
+    def path_of(self, key: str) -> Path | None:
+        """Where the object's bytes lie, for serving them without a copy; never to be written to. None if there is no such object."""
+        path = self._path(key)
+        return path if path.is_file() else None
+
+    def sweep_temporary(self, older_than_s: float) -> int:
+        """See ``ObjectStore.sweep_temporary``."""
+        oldest = time.time() - older_than_s
+        removed = 0
+        with self._mapped("sweep"), os.scandir(self._tmp) as entries:
+            for entry in entries:
+                with suppress(FileNotFoundError):
+                    if entry.stat(follow_symlinks=False).st_mtime < oldest:
+                        os.unlink(entry.path)
+                        removed += 1
+        return removed
+
+    def check(self) -> None:
+        """See ``ObjectStore.check``."""
+        try:
+            with self._mapped("check"), self._temporary() as temporary:
+                temporary.write_bytes(b"check")
+                if temporary.read_bytes() != b"check":
+                    raise ServiceUnavailable(
+                        f"the storage folder {self.root} does not give back what was written"
+                    )
+        except StorageError as error:
+            raise ServiceUnavailable(error.message) from error
+
+    def close(self) -> None:
+        """Nothing to give back."""
+
+    def _path(self, key: str) -> Path:
+        return self._objects / validate_key(key)
+
+    def _meta_path(self, key: str) -> Path:
+        return self._meta / f"{key}.json"
+
+    def _reader(self, key: str, start: int, end: int | None, sha256: str | None = None) -> HashingReader:
+        check_range(start, end)
+        held = self._describe(key)
+        try:
+            file = self._path(key).open("rb")
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+            held = None
+        if held is None:
+            raise ObjectNotFound(f"no object {key}")
+        if start == 0 and (end is None or end >= held.size):
+            return HashingReader(file, key, sha256=sha256 or held.sha256, close_source=True)
+        file.seek(start)
+        return HashingReader(Slice(file, None if end is None else end - start), key, close_source=True)
+
+    def _settle(self, key: str, temporary: Path, reader: HashingReader, media_type: str) -> None:
+        """The key is taken: by the same bytes, by others, or by what a power cut or a bad disk made of them."""
+        target = self._path(key)
+        held = self._describe(key)
+        same = held is not None and (held.size, held.sha256) == (reader.count, reader.sha256)
+        if not same and target.is_file():
+            # The description may be a leftover: only the bytes themselves say for sure.
+            with target.open("rb") as file:
+                same = sha256_of(file) == (reader.sha256, reader.count)
+            if not same:
+                if sha256_of_key(key) != reader.sha256:
+                    raise ObjectExists(f"object {key} holds other bytes already")
+                _log.warning("object_repaired", key=key)
+                os.replace(temporary, target)
+            self._write_meta(key, reader.sha256, media_type)
+        elif self._read_meta(key) is None:
+            self._write_meta(key, reader.sha256, media_type)
+        os.utime(target)
+
+    def _describe(self, key: str) -> StoredObject | None:
+        """The object with its description; made from the bytes where a crash, or a person's hand, has left none."""
+        path = self._path(key)
+        try:
+            status = path.stat()
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        if not path.is_file():
+            return None
+        meta = self._read_meta(key)
+        if meta is None:
+            with path.open("rb") as file:
+                sha256, _ = sha256_of(file)
+            meta = sha256, media_type_for(key)
+        return StoredObject(
+            key,
+            status.st_size,
+            meta[0],
+            meta[1],
+            status.st_mtime,
+            f"{status.st_mtime_ns:x}-{status.st_size:x}",
+        )
+
+    def _read_meta(self, key: str) -> tuple[str, str] | None:
+        try:
+            meta = json.loads(self._meta_path(key).read_bytes())
+            return str(meta["sha256"]), str(meta["media_type"])
+        except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
+            return None
+
+    def _write_meta(self, key: str, sha256: str, media_type: str) -> None:
+        path = self._meta_path(key)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with self._temporary() as temporary:
+            temporary.write_text(json.dumps({"sha256": sha256, "media_type": media_type}))
+            os.replace(temporary, path)
+
+    @contextmanager
+    def _temporary(self) -> Iterator[Path]:
+        path = self._tmp / f"{os.getpid()}-{secrets.token_hex(8)}"
+        try:
+            yield path
+        finally:
+            with suppress(OSError):
+                path.unlink(missing_ok=True)
+
+    def _link(self, temporary: Path, target: Path) -> bool:
+        """Let the finished file appear under its key. False if the key is taken."""
+        try:
+            os.link(temporary, target)
+        except FileExistsError:
+            if target.is_dir():
+                raise InputError(
+                    f"object key {target.name!r} is the beginning of other objects' keys", param="key"
+                ) from None
+            return False
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise
+            return self._rename(temporary, target)
+        return True
+
+    def _rename(self, temporary: Path, target: Path) -> bool:
+        """The same on file systems without hard links: under a lock that all writers of this folder take."""
+        import fcntl
+
+        with self._rename_lock, (self.root / "lock").open("a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if target.exists():
+                return False
+            os.rename(temporary, target)
+            return True
+
+    def _make_folder(self, folder: Path) -> None:
+        """Make a folder and its parents; a new name is on the disk only when its parent was flushed."""
+        missing = []
+        while not folder.is_dir():
+            missing.append(folder)
+            folder = folder.parent
+        for new in reversed(missing):
+            with suppress(FileExistsError):
+                new.mkdir()
+            if self._durable:
+                _sync_folder(new.parent)
+
+    def _walk(self, folder: Path, key: str, prefix: str) -> Iterator[StoredObject]:
+        """Files below a folder in the order of their keys, one folder in memory at a time."""
+        try:
+            with os.scandir(folder) as entries:
+                # A folder sorts with its slash: 'a.png' comes before 'a/b', as in S3.
+                found = sorted((entry.name + "/" * entry.is_dir(), entry) for entry in entries)
+        except (FileNotFoundError, NotADirectoryError):
+            return
+        for name, entry in found:
+            child = f"{key}/{name}" if key else name
+            if name.endswith("/"):
+                if child.startswith(prefix) or prefix.startswith(child):
+                    yield from self._walk(Path(entry.path), child[:-1], prefix)
+            elif child.startswith(prefix):
+                with suppress(FileNotFoundError):
+                    status = entry.stat()
+                    etag = f"{status.st_mtime_ns:x}-{status.st_size:x}"
+                    yield StoredObject(
+                        child, status.st_size, None, media_type_for(child), status.st_mtime, etag
+                    )
+
+    @contextmanager
+    def _mapped(self, action: str) -> Iterator[None]:
+        """Turn what the operating system says into the factory's own errors."""
+        try:
+            yield
+        except OSError as error:
+            reason = f"cannot {action} in the storage folder {self.root}: {error.strerror or error}"
+            if error.errno in DISK_FULL:
+                raise ServiceUnavailable(
+                    f"{reason}; free space there, or move storage_url to a larger disk"
+                ) from error
+            if error.errno in NO_PERMISSION:
+                raise ServiceUnavailable(
+                    f"{reason}; let uid {os.geteuid()} write there, or set storage_url"
+                ) from error
+            if error.errno in (errno.ENOTDIR, errno.EISDIR):
+                raise InputError(
+                    f"{reason}: an object's key cannot be the folder of another's", param="key"
+                ) from error
+            raise StorageError(reason) from error
+
+
+def _sync_folder(folder: Path) -> None:
+    """Flush a folder's entries to the disk."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,239 @@
+"""The text-to-image network: shapes, gradients, learning, files, and items that ignore their neighbours."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn import functional as F
+
+from worker.networks.flow import (
+    LANES,
+    Block,
+    ConvBlock,
+    FlowConfig,
+    ModelFormatError,
+    TextToImage,
+    decoder_loss,
+    flow_loss,
+    load,
+    sample,
+    save,
+    straight_alpha,
+)
+
+
+def seeded(*seeds: int) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def text_vectors(count: int, width: int, seed: int = 0) -> Tensor:
+    return F.normalize(torch.randn(count, width, generator=torch.Generator().manual_seed(seed)), dim=-1)
+
+
+def awake(config: FlowConfig) -> TextToImage:
+    """A model whose zero-initialised layers are random, so that everything it holds has a say."""
+    torch.manual_seed(0)
+    model = TextToImage(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if not parameter.any():
+                parameter.normal_(std=0.05)
+    return model.eval()
+
+
+@pytest.fixture
+def model() -> TextToImage:
+    return awake(FlowConfig.tiny())
+
+
+def pictures(count: int, edge: int) -> Tensor:
+    """Discs of different places and colours, premultiplied RGBA, (count, 4, edge, edge)."""
+    generator = torch.Generator().manual_seed(1)
+    axis = torch.linspace(-1, 1, edge)
+    made = torch.zeros(count, 4, edge, edge)
+    for index in range(count):
+        x, y = (torch.rand(2, generator=generator) - 0.5).tolist()
+        alpha = ((axis[None] - x) ** 2 + (axis[:, None] - y) ** 2 < 0.25).float()
+        made[index] = torch.cat([torch.rand(3, 1, 1, generator=generator) * alpha, alpha[None]])
+    return made
+
+
+def test_the_default_fits_its_file_limit() -> None:
+    count = sum(tensor.numel() for tensor in TextToImage(FlowConfig()).state_dict().values())
+    assert count < 9_500_000
+    assert FlowConfig().resolution == 128
+    assert FlowConfig.for_resolution(64).resolution == 64
+
+
+def test_shapes_and_ranges(model: TextToImage) -> None:
+    config = model.config
+    assert model.flow(torch.randn(3, 8), torch.rand(3), text_vectors(3, 16)).shape == (3, 8)
+    assert model.decoder(torch.randn(3, 8)).shape == (3, 4, 32, 32)
+    assert model.coder(torch.rand(3, 4, 32, 32)).shape == (3, config.latent)
+    made = sample(model, text_vectors(3, 16), generators=seeded(1, 2, 3), steps=4, guidance=2.0)
+    assert made.shape == (3, 4, 32, 32)
+    assert made.min() >= 0 and made.max() <= 1
+    assert made.std() > 0
+    assert sample(model, torch.zeros(0, 16), generators=[], steps=2, guidance=1.0).shape == (0, 4, 32, 32)
+
+
+def test_same_seed_same_picture_and_another_seed_another(model: TextToImage) -> None:
+    text = text_vectors(1, 16)
+    first, again, other = (sample(model, text, generators=seeded(s), steps=5, guidance=2.0) for s in (7, 7, 8))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_text_and_guidance_change_the_picture(model: TextToImage) -> None:
+    first, second = text_vectors(2, 16).split(1)
+    one = sample(model, first, generators=seeded(1), steps=5, guidance=2.0)
+    assert not torch.equal(one, sample(model, second, generators=seeded(1), steps=5, guidance=2.0))
+    assert not torch.equal(one, sample(model, first, generators=seeded(1), steps=5, guidance=0.0))
+
+
+@pytest.mark.parametrize("config", [FlowConfig.tiny(), FlowConfig()], ids=["tiny", "default"])
+def test_an_item_ignores_its_neighbours(config: FlowConfig) -> None:
+    model = awake(config)
+    count = 2 * LANES + 3
+    text = text_vectors(count, config.text_width)
+    together = sample(model, text, generators=seeded(*range(count)), steps=3, guidance=2.0)
+    for index in (0, 1, 5, LANES - 1, LANES, count - 1):
+        alone = sample(model, text[index : index + 1], generators=seeded(index), steps=3, guidance=2.0)
+        assert torch.equal(alone[0], together[index]), f"item {index} differs alone and in a batch"
+    turned = sample(model, text.flip(0), generators=seeded(*reversed(range(count))), steps=3, guidance=2.0)
+    assert torch.equal(turned.flip(0), together)
+
+
+def test_sample_says_what_is_wrong(model: TextToImage) -> None:
+    text = text_vectors(2, 16)
+    with pytest.raises(ValueError, match=r"text_vectors is \(2, 15\)"):
+        sample(model, text[:, :15], generators=seeded(1, 2), steps=2, guidance=1.0)
+    with pytest.raises(ValueError, match="1 generators for 2 items"):
+        sample(model, text, generators=seeded(1), steps=2, guidance=1.0)
+    with pytest.raises(ValueError, match="steps is 0"):
+        sample(model, text, generators=seeded(1, 2), steps=0, guidance=1.0)
+    with pytest.raises(ValueError, match="guidance is nan"):
+        sample(model, text, generators=seeded(1, 2), steps=2, guidance=float("nan"))
+
+
+def test_gradients_reach_every_parameter(model: TextToImage) -> None:
+    (generator,) = seeded(0)
+    flow_loss(
+        model.flow, torch.randn(6, 8), text_vectors(6, 16), generator, dropout=0.1, jitter=0.01
+    ).backward()
+    decoder_loss(
+        model.decoder, torch.randn(2, 8), torch.rand(2, 4, 32, 32), generator, noise=0.1, edges=1.0
+    ).backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
+
+
+def test_a_new_network_starts_quiet() -> None:
+    config = FlowConfig.tiny()
+    stream = torch.randn(2, config.hidden)
+    assert torch.equal(Block(config)(stream, torch.randn(2, config.condition)), stream)
+    maps = torch.randn(2, 8, 4, 4)
+    assert torch.equal(ConvBlock(8)(maps), maps)
+
+
+def test_the_coder_keeps_what_it_can() -> None:
+    config = FlowConfig.tiny()
+    model = TextToImage(config)
+    shown = pictures(40, 32)
+    model.coder.fit(shown)
+    latents = model.coder(shown)
+    assert latents.mean(0).abs().max() < 1e-3
+    assert latents.var(0, correction=0).mean() == pytest.approx(1.0, abs=1e-2)
+    flat = F.interpolate(shown, size=(8, 8), mode="area").flatten(1)
+    line = torch.linalg.lstsq(latents, flat - model.coder.mean).solution
+    left = (flat - model.coder.mean - latents @ line).square().sum()
+    centred = flat - flat.mean(0)
+    best = torch.linalg.svdvals(centred)[config.latent :].square().sum()
+    assert left == pytest.approx(best.item(), rel=1e-2)
+
+
+def test_the_coder_takes_fewer_pictures_than_components() -> None:
+    coder = TextToImage(FlowConfig.tiny()).coder
+    coder.fit(pictures(4, 32))
+    assert torch.isfinite(coder.basis).all()
+    assert coder(pictures(4, 32)).std() > 0.1
+
+
+def test_one_batch_overfits() -> None:
+    torch.manual_seed(0)
+    model = TextToImage(FlowConfig.tiny())
+    shown = pictures(4, 32)
+    model.coder.fit(shown)
+    latents, text = model.coder(shown), text_vectors(4, 16)
+    optimiser = torch.optim.Adam(model.parameters(), lr=4e-3)
+    (generator,) = seeded(0)
+    many = torch.arange(256) % 4
+    for _ in range(300):
+        optimiser.zero_grad()
+        loss = flow_loss(model.flow, latents[many], text[many], generator, dropout=0.0, jitter=0.0)
+        loss = loss + decoder_loss(model.decoder, latents, shown, generator, noise=0.02, edges=0.5)
+        loss.backward()
+        optimiser.step()
+    made = sample(model.eval(), text, generators=seeded(1, 2, 3, 4), steps=20, guidance=1.0)
+    premultiplied = torch.cat([made[:, :3] * made[:, 3:], made[:, 3:]], dim=1)
+    distance = (premultiplied[:, None] - shown[None]).abs().mean(dim=(2, 3, 4))
+    assert distance.argmin(1).tolist() == [0, 1, 2, 3]
+    assert distance.diagonal().max() < 0.08
+
+
+def test_saved_and_loaded_makes_the_same(model: TextToImage, tmp_path: Path) -> None:
+    with torch.no_grad():  # half precision on the disk: compare with weights that it holds exactly
+        for tensor in model.state_dict().values():
+            tensor.copy_(tensor.half().float())
+    path = tmp_path / "model.safetensors"
+    save(model, path, {"dataset": "abc"})
+    assert [p.name for p in tmp_path.iterdir()] == ["model.safetensors"]
+    read = load(path)
+    assert read.config == model.config
+    assert all(t.dtype == torch.float32 for t in read.state_dict().values())
+    arguments = {"steps": 4, "guidance": 2.0}
+    text = text_vectors(2, 16)
+    assert torch.equal(
+        sample(model, text, generators=seeded(1, 2), **arguments),  # type: ignore[arg-type]
+        sample(read, text, generators=seeded(1, 2), **arguments),  # type: ignore[arg-type]
+    )
+
+
+def test_foreign_files_are_refused(model: TextToImage, tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(b"no weights")
+    with pytest.raises(ModelFormatError, match="not readable"):
+        load(path)
+    with pytest.raises(ModelFormatError, match="not readable"):
+        load(tmp_path / "missing.safetensors")
+    save_file({"x": torch.zeros(1)}, path)
+    with pytest.raises(ModelFormatError, match="format is None"):
+        load(path)
+    save_file({"x": torch.zeros(1)}, path, metadata={"format": "contentfactory.text-to-image/1", "config": "{}"})
+    with pytest.raises(ModelFormatError, match="do not make a model"):
+        load(path)
+
+
+def test_alpha_is_straightened() -> None:
+    picture = torch.tensor([0.25, 0.5, 0.0, 0.5]).view(4, 1, 1)
+    straight = straight_alpha(picture).flatten()
+    assert straight[:2].tolist() == pytest.approx([0.5, 1.0])
+    assert straight[3] == pytest.approx(0.5)
+    assert straight_alpha(torch.tensor([0.3, 0.3, 0.3, 0.0]).view(4, 1, 1)).sum() == 0
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("latent", 0), ("whitening", 1.5), ("channels", ()), ("condition", 15), ("blocks", -1)]
+)
+def test_sizes_are_checked(field: str, value: object) -> None:
+    with pytest.raises(ValueError, match=f"{field} is "):
+        FlowConfig(**{field: value})  # type: ignore[arg-type]
+
+
+def test_unknown_resolution() -> None:
+    with pytest.raises(ValueError, match="resolution is 96"):
+        FlowConfig.for_resolution(96)

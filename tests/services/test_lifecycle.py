@@ -1,0 +1,368 @@
+"""The life of a job on both databases: every step, every error class, every fence."""
+
+import threading
+from collections import Counter
+
+import pytest
+from sqlalchemy import func, select, update
+
+from contentfactory.ids import new_id
+from contentfactory.states import JobState
+from db import batches, jobs, lifecycle, migrate, projects
+from db.lifecycle import NewArtifact, Stop, Success
+from db.models import Artifact, Attempt, Batch, Event, Job, Mark
+from db.session import now
+
+
+def state_of(database, job_id):
+    with database.read() as conn:
+        return conn.execute(select(Job.state).where(Job.id == job_id)).scalar_one()
+
+
+def row_of(database, job_id):
+    with database.read() as conn:
+        return conn.execute(select(Job).where(Job.id == job_id)).mappings().one()
+
+
+def claim(database, ids, worker="w1", lease_s=30.0):
+    return database.run(lambda conn: lifecycle.claim(conn, ids, worker, lease_s))
+
+
+def dispatch(database, **options):
+    return database.run(lambda conn: lifecycle.dispatch(conn, "text", cap_s=options.pop("cap_s", 1e9), **options))
+
+
+def artifact(name="text.txt", sha="a" * 64):
+    return NewArtifact(name, f"projects/p/objects/aa/{sha}.txt", sha, 3, "text/plain")
+
+
+def finish(database, claimed, **fields):
+    return database.run(
+        lambda conn: lifecycle.finish(conn, [Success(c.id, c.attempt, (artifact(),), **fields) for c in claimed])
+    )
+
+
+def fail(database, claimed, error_class):
+    error = {"type": error_class, "code": error_class, "message": f"{error_class} happened"}
+    return database.run(lambda conn: lifecycle.stop(conn, Stop(claimed.id, claimed.attempt, error)))
+
+
+def make_due(database, *ids):
+    with database.write() as conn:
+        conn.execute(update(Job).where(Job.id.in_(ids)).values(run_after=0.0))
+
+
+def new_batch(database, project, total):
+    batch_id = new_id("batch")
+
+    def work(conn):
+        batches.create(conn, batch_id, project, "b", source={}, digest=None, priority=0)
+        batches.advance(conn, batch_id, 0, total, total)
+
+    database.run(work)
+    return batch_id
+
+
+def start_batch(database, batch_id):
+    database.run(lambda conn: batches.expanded(conn, batch_id))
+
+
+def test_migrated_schema_equals_models(database):
+    assert migrate.differences(database) == []
+
+
+def test_a_job_goes_its_way(database, make_jobs):
+    [job] = make_jobs()
+    [hint] = dispatch(database)
+    assert hint.ids == (job,)
+    assert state_of(database, job) == "dispatched"
+    [claimed] = claim(database, hint.ids)
+    assert (claimed.attempt, claimed.params["text"]) == (1, "job 0")
+    assert finish(database, [claimed]) == [job]
+    row = row_of(database, job)
+    assert row["state"] == "succeeded" and row["finished_at"] >= row["started_at"] > 0 and row["lease_owner"] is None
+    with database.read() as conn:
+        assert [a["name"] for a in jobs.artifacts(conn, [job])[job]] == ["text.txt"]
+        assert conn.execute(select(Attempt.outcome).where(Attempt.job_id == job)).scalars().all() == ["succeeded"]
+
+
+def test_groups_share_what_may_be_shared_and_no_more(database, make_jobs):
+    same = make_jobs(300)
+    other = make_jobs(2, share_key="another")
+    sizes = [(h.ids[0] in other, len(h.ids)) for h in dispatch(database, window=512)]
+    assert sizes == [(False, 256), (False, 44), (True, 2)]
+    assert len(same) == 300
+
+
+def test_dispatch_stops_at_the_cap(database, make_jobs):
+    make_jobs(300, seconds=1.0)
+    first = dispatch(database, cap_s=60)
+    assert sum(len(h.ids) for h in first) == 256  # one micro-batch reaches over the cap, then it is full
+    assert dispatch(database, cap_s=60) == []
+
+
+def test_priority_goes_first_then_rank(database, make_jobs):
+    low = make_jobs(1, priority=0, rank=1, share_key="a")
+    late = make_jobs(1, priority=50, rank=9, share_key="b")
+    early = make_jobs(1, priority=50, rank=2, share_key="c")
+    assert [h.ids[0] for h in dispatch(database)] == [early[0], late[0], low[0]]
+
+
+def test_projects_share_by_weight(database, project, make_jobs):
+    other = database.run(lambda conn: projects.ensure(conn, "other"))
+    make_jobs(64, seconds=1.0, share_key="x")
+    make_jobs(64, seconds=1.0, share_key="y", project_id=other)
+    with database.write() as conn:
+        conn.execute(update(Job).values(group_limit=1))
+    hints = dispatch(database, cap_s=40)
+    owners = Counter(row_of(database, h.ids[0])["project_id"] for h in hints)
+    assert abs(owners[project] - owners[other]) <= 1 and sum(owners.values()) >= 40
+
+
+def test_a_second_claim_gets_nothing(database, make_jobs):
+    [job] = make_jobs()
+    assert len(claim(database, [job], "w1")) == 1
+    assert claim(database, [job], "w2") == []
+
+
+def test_claim_race_has_one_winner(database, make_jobs):
+    ids = make_jobs(20)
+    won = []
+
+    def race(name):
+        won.extend((name, c.id) for c in claim(database, ids, name))
+
+    threads = [threading.Thread(target=race, args=(f"w{n}",)) for n in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(i for _, i in won) == sorted(set(i for _, i in won))
+    left = [i for i in ids if state_of(database, i) == "queued"]
+    assert len(won) + len(left) == 20
+
+
+def test_a_fenced_attempt_changes_nothing(database, make_jobs):
+    [job] = make_jobs()
+    [old] = claim(database, [job], "w1")
+    with database.write() as conn:
+        conn.execute(update(Job).where(Job.id == job).values(lease_until=now() - 1))
+        lifecycle.reap(conn, lease_s=30, period_s=5)
+    make_due(database, job)
+    [new] = claim(database, [job], "w2")
+    assert new.attempt == old.attempt + 1
+    assert finish(database, [old]) == []
+    assert fail(database, old, "input") is None
+    assert not database.run(lambda conn: lifecycle.publish(conn, job, old.attempt, artifact("checkpoint-1.zip")))
+    assert state_of(database, job) == "running"
+    assert finish(database, [new]) == [job]
+    with database.read() as conn:
+        assert [a["attempt"] for a in jobs.artifacts(conn, [job])[job]] == [2]
+
+
+def test_terminal_states_never_change(database, make_jobs):
+    [job] = make_jobs()
+    [claimed] = claim(database, [job])
+    finish(database, [claimed])
+    assert fail(database, claimed, "input") is None
+    assert database.run(lambda conn: lifecycle.cancel_jobs(conn, [job])) == {"cancelled": 0, "requested": 0}
+    assert claim(database, [job]) == []
+    assert state_of(database, job) == "succeeded"
+
+
+@pytest.mark.parametrize(
+    ("error_class", "tries", "end"),
+    [("input", 1, "failed"), ("policy", 1, "failed"), ("bug", 3, "dead"), ("crash", 3, "dead"), ("transient", 9, "dead"),
+     ("deadline", 3, "dead"), ("resource", 2, "failed")],
+)  # fmt: skip
+def test_error_classes_bound_the_tries(database, make_jobs, error_class, tries, end):
+    [job] = make_jobs()
+    states = []
+    while not states or states[-1] == "queued":
+        make_due(database, job)
+        [claimed] = claim(database, [job])
+        states.append(str(fail(database, claimed, error_class)))
+    assert states == ["queued"] * (tries - 1) + [end]
+    assert row_of(database, job)["error"]["message"] == f"{error_class} happened"
+
+
+def test_released_costs_nothing(database, make_jobs):
+    [job] = make_jobs()
+    for _ in range(12):
+        [claimed] = claim(database, [job])
+        assert fail(database, claimed, "released") == JobState.QUEUED
+    row = row_of(database, job)
+    assert (row["strikes"], row["tries"], row["attempt"]) == (0, {}, 12)
+
+
+def test_a_crashed_group_goes_on_singly_without_strikes(database, make_jobs):
+    ids = make_jobs(4)
+    for one in claim(database, ids):
+        assert fail(database, one, "crash") == JobState.QUEUED
+    assert {row_of(database, i)["strikes"] for i in ids} == {0}
+    assert sorted(len(h.ids) for h in dispatch(database)) == [1, 1, 1, 1]
+
+
+def test_out_of_memory_halves_the_group(database, make_jobs):
+    ids = make_jobs(8)
+    for one in claim(database, ids):
+        fail(database, one, "resource")
+    assert sorted(len(h.ids) for h in dispatch(database)) == [4, 4]
+
+
+def test_reaper_spares_everything_once_after_its_own_outage(database, make_jobs):
+    [job] = make_jobs()
+    claim(database, [job])
+    with database.write() as conn:
+        lifecycle.reap(conn, lease_s=30, period_s=5)
+        conn.execute(update(Job).values(lease_until=now() - 100))
+        conn.execute(update(Mark).where(Mark.name == "reaper").values(value=now() - 200))
+    assert database.run(lambda conn: lifecycle.reap(conn, lease_s=30, period_s=5)) == {"extended": 1}
+    assert state_of(database, job) == "running"
+    with database.write() as conn:
+        conn.execute(update(Job).values(lease_until=now() - 1))
+    assert database.run(lambda conn: lifecycle.reap(conn, lease_s=30, period_s=5)) == {"queued": 1}
+
+
+def test_heartbeat_tells_lost_and_cancelled(database, make_jobs):
+    kept, cancelled, lost = make_jobs(3)
+    held = {(c.id, c.attempt): (0.5, "half") for c in claim(database, [kept, cancelled, lost])}
+    database.run(lambda conn: lifecycle.cancel_jobs(conn, [cancelled]))
+    with database.write() as conn:
+        conn.execute(update(Job).where(Job.id == lost).values(attempt=7))
+    beat = database.run(lambda conn: lifecycle.heartbeat(conn, held, 60))
+    assert (beat.lost, beat.cancelled) == ({(lost, 1)}, {(cancelled, 1)})
+    assert row_of(database, kept)["progress"] == 0.5
+
+
+def test_cancel_waiting_and_running(database, make_jobs):
+    waiting, running = make_jobs(2)
+    [claimed] = claim(database, [running])
+    assert database.run(lambda conn: lifecycle.cancel_jobs(conn, [waiting, running])) == {"cancelled": 1, "requested": 1}
+    assert claim(database, [waiting]) == []
+    assert finish(database, [claimed]) == []  # too late: never both cancelled and published
+    assert state_of(database, running) == "cancelled"
+    with database.read() as conn:
+        assert conn.execute(select(func.count()).select_from(Artifact)).scalar() == 0
+
+
+def test_children_wait_and_then_run(database, make_jobs):
+    first, second = make_jobs(2)
+    [child] = make_jobs(1, parents=(first, second))
+    assert state_of(database, child) == "blocked"
+    finish(database, claim(database, [first]))
+    assert state_of(database, child) == "blocked"
+    finish(database, claim(database, [second]))
+    assert state_of(database, child) == "queued"
+
+
+def test_a_child_of_finished_parents_is_queued_at_once(database, make_jobs):
+    [parent] = make_jobs()
+    finish(database, claim(database, [parent]))
+    assert state_of(database, make_jobs(1, parents=(parent,))[0]) == "queued"
+
+
+def test_a_failed_parent_fails_its_descendants_by_name(database, make_jobs):
+    [parent] = make_jobs(1, custom_id="story")
+    [child] = make_jobs(1, parents=(parent,), custom_id="speech")
+    [grandchild] = make_jobs(1, parents=(child,), custom_id="clip")
+    [claimed] = claim(database, [parent])
+    fail(database, claimed, "input")
+    assert [state_of(database, i) for i in (child, grandchild)] == ["failed", "failed"]
+    assert "needs story (text.echo), which is failed: input happened" in row_of(database, child)["error"]["message"]
+    assert "needs speech" in row_of(database, grandchild)["error"]["message"]
+    late = make_jobs(1, parents=(parent,))[0]
+    assert state_of(database, late) == "failed"
+
+
+def test_concurrent_parents_release_their_child(database, make_jobs):
+    parents = make_jobs(6)
+    [child] = make_jobs(1, parents=tuple(parents))
+    claimed = claim(database, parents)
+    threads = [threading.Thread(target=finish, args=(database, [c])) for c in claimed]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (state_of(database, child), row_of(database, child)["pending"]) == ("queued", 0)
+
+
+def test_a_batch_counts_and_finishes_once(database, project, make_jobs):
+    batch = new_batch(database, project, 3)
+    good, bad, gone = make_jobs(3, batch_id=batch)
+    start_batch(database, batch)
+    finish(database, claim(database, [good]))
+    [claimed] = claim(database, [bad])
+    fail(database, claimed, "input")
+    assert database.run(lifecycle.close_batches) == []
+    database.run(lambda conn: lifecycle.cancel_jobs(conn, [gone]))
+    database.run(lifecycle.fold_counts)
+    assert database.run(lifecycle.close_batches) == [batch]
+    assert database.run(lifecycle.close_batches) == []
+    with database.read() as conn:
+        assert lifecycle.counts(conn, batch) == {"text.echo": {"total": 3, "succeeded": 1, "failed": 1, "cancelled": 1}}
+        assert conn.execute(select(func.count()).where(Event.type == "batch.completed")).scalar() == 1
+        assert conn.execute(select(Batch.state).where(Batch.id == batch)).scalar() == "completed"
+
+
+def test_cancelling_a_batch_keeps_its_jobs_from_starting(database, project, make_jobs):
+    batch = new_batch(database, project, 5)
+    ids = make_jobs(5, batch_id=batch)
+    start_batch(database, batch)
+    running = claim(database, ids[:1])
+    assert database.run(lambda conn: lifecycle.cancel_batch(conn, batch, limit=2)) == 2
+    assert claim(database, ids[1:]) == []
+    assert database.run(lambda conn: lifecycle.cancel_batch(conn, batch, limit=2)) == 0
+    assert finish(database, running) == []
+    assert database.run(lifecycle.close_batches) == [batch]
+    with database.read() as conn:
+        assert conn.execute(select(Batch.state).where(Batch.id == batch)).scalar() == "cancelled"
+
+
+@pytest.mark.parametrize("what", ["queue", "project", "batch"])
+def test_pause_holds_dispatch_and_claim_and_resume_lets_go(database, project, make_jobs, what):
+    batch = new_batch(database, project, 2)
+    ids = make_jobs(2, batch_id=batch)
+    start_batch(database, batch)
+    [hint] = dispatch(database)
+    name = {"queue": "text", "project": project, "batch": batch}[what]
+    assert database.run(lambda conn: lifecycle.pause(conn, what, name, True))
+    assert claim(database, hint.ids) == []
+    assert {state_of(database, i) for i in ids} == {"queued"}
+    assert dispatch(database) == []
+    database.run(lambda conn: lifecycle.pause(conn, what, name, False))
+    assert sum(len(h.ids) for h in dispatch(database)) == 2
+
+
+def test_lost_hints_are_sent_again(database, make_jobs):
+    ids = make_jobs(3)
+    [hint] = dispatch(database)
+    assert database.run(lambda conn: lifecycle.rescue_dispatched(conn, "text", hint.dispatched_at)) == 0
+    assert database.run(lambda conn: lifecycle.rescue_dispatched(conn, "text", hint.dispatched_at + 1)) == 3
+    [again] = dispatch(database)
+    assert set(again.ids) == set(ids)
+
+
+def test_insert_is_idempotent(database, project, make_jobs):
+    fixed = new_id("job")
+    make_jobs(1, id=fixed)
+    make_jobs(1, id=fixed)
+    with database.read() as conn:
+        assert conn.execute(select(func.count()).select_from(Job)).scalar() == 1
+
+
+def test_reprioritise_moves_to_the_front(database, make_jobs):
+    make_jobs(1, share_key="a")
+    [later] = make_jobs(1, share_key="b")
+    database.run(lambda conn: lifecycle.reprioritise(conn, [later], 90))
+    assert dispatch(database)[0].ids == (later,)
+
+
+def test_stuck_children_are_freed(database, make_jobs):
+    [parent] = make_jobs()
+    [child] = make_jobs(1, parents=(parent,))
+    finish(database, claim(database, [parent]))
+    with database.write() as conn:
+        conn.execute(update(Job).where(Job.id == child).values(state="blocked", pending=1))
+    assert database.run(lifecycle.unblock_stuck) == 1
+    assert state_of(database, child) == "queued"

@@ -1,0 +1,1 @@
+"""Workers: the Celery application, the life of a job, and the runners that make things."""

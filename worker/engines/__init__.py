@@ -1,0 +1,1 @@
+"""How foreign model files are found, verified, loaded and run."""

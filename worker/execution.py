@@ -1,0 +1,538 @@
+"""The life of a micro-batch in a worker: claim, inputs, runner, upload, one fenced commit."""
+
+import hashlib
+import json
+import os
+import shutil
+import socket
+import sys
+import tempfile
+import threading
+import time
+import traceback
+import uuid
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import structlog
+
+from contentfactory.errors import (
+    FactoryError,
+    InputError,
+    JobCancelled,
+    LeaseLost,
+    ModelUnavailable,
+    ServiceUnavailable,
+)
+from contentfactory.jobs.spec import KindSpec, OutputRef, get_kind
+from contentfactory.settings import Settings
+from db import jobs, lifecycle
+from db.lifecycle import Claimed, NewArtifact, Stop, Success
+from db.session import Database
+from producer.dispatch import Dispatcher
+from producer.models import find
+from producer.publish import Publisher
+from producer.services import open_store
+from storage.keys import artifact_key, suffix_for
+from worker.context import Failure, InputFile, JobContext, NewModel, Output
+from worker.engines.files import ResolvedModel, locate
+from worker.inputs import Inputs, Resolved
+from worker.keeper import Keeper
+from worker.models import ModelCache
+from worker.runners import get_runner
+
+log = structlog.get_logger(__name__)
+
+KEEP_CHECKPOINTS = 2
+PENDING_GROUPS = 2
+"""Micro-batches that may be encoded, uploaded and committed while the next one computes."""
+
+
+def drain_file(settings: Settings) -> Path:
+    """The file that says 'give resumable work back', made by the worker's parent when it is told to stop."""
+    return settings.run_dir / f"drain-{os.environ.get('FACTORY_WORKER_NAME', socket.gethostname())}"
+
+
+def pick_device(wanted: str) -> str:
+    """The device to compute on.
+
+    Args:
+        wanted: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+    """
+    if wanted != "auto":
+        return wanted
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@dataclass(eq=False)
+class _Member:
+    """One job of a micro-batch on its way through the worker."""
+
+    claimed: Claimed
+    resolved: Resolved | None = None
+    result_key: str | None = None
+    outputs: list[tuple[Output, "Future[NewArtifact]"]] = field(default_factory=list)
+    models: list[NewModel] = field(default_factory=list)
+    followers: list["_Member"] = field(default_factory=list)
+    error: FactoryError | None = None
+
+    @property
+    def key(self) -> tuple[str, int]:
+        return self.claimed.id, self.claimed.attempt
+
+
+class Executor:
+    """Runs micro-batches in one worker child.
+
+    Args:
+        settings: The worker's settings.
+        database: The ledger; opened from the settings where left out (so for the next three).
+        store: Object storage.
+        publisher: Broker.
+        keeper: Whether to start a keeper process; tests of a single attempt may do without.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        database: Database | None = None,
+        store: Any = None,
+        publisher: Publisher | None = None,
+        keeper: bool = True,
+    ) -> None:
+        # Before torch and numpy come in: they size their pools on import.
+        os.environ.setdefault("OMP_NUM_THREADS", str(settings.torch_threads))
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        self.settings = settings
+        self.database = database or Database(settings.database())
+        self.store = store or open_store(settings)
+        publisher = publisher or Publisher(settings)
+        self.dispatcher = Dispatcher(self.database, publisher, settings)
+        self.inputs = Inputs(settings, self.database, self.store)
+        name = os.environ.get("FACTORY_WORKER_NAME", "worker")
+        self.worker = f"{socket.gethostname()}/{name}/{os.getpid()}-{uuid.uuid4().hex[:8]}"
+        queues = [q for q in os.environ.get("FACTORY_WORKER_QUEUES", "").split(",") if q]
+        self._device: str | None = settings.device if settings.device != "auto" else None
+        self.cache = ModelCache(limit_mb=float(os.environ.get("FACTORY_WORKER_CACHE_MB", settings.model_cache_mb)))
+        self.keeper = Keeper(settings, self.worker, queues, settings.device) if keeper else None
+        self.uploads = ThreadPoolExecutor(settings.upload_threads, thread_name_prefix="upload")
+        self.finishers = ThreadPoolExecutor(1, thread_name_prefix="finish")
+        self._slots = threading.BoundedSemaphore(PENDING_GROUPS)
+        self._drain = drain_file(settings)
+        self._drain_seen = 0.0
+        self._draining = False
+        self._models: dict[str, ResolvedModel] = {}
+
+    @property
+    def device(self) -> str:
+        """The device, looked up when the first runner needs it."""
+        if self._device is None:
+            self._device = pick_device(self.settings.device)
+        return self._device
+
+    def run(self, kind: str, ids: Sequence[str]) -> None:
+        """Claim these jobs and do what could be claimed. Returns when the runner is done; the commit may still be under way."""
+        try:
+            claimed = self.database.run(lambda conn: lifecycle.claim(conn, ids, self.worker, self.settings.lease_s))
+        except ServiceUnavailable as error:
+            # Nothing was claimed, or it will expire: the hint may go.
+            log.warning("claim_failed", action="claim", kind=kind, jobs=len(ids), error=error.message)
+            return
+        claimed = [c for c in claimed if c.kind == kind] + [c for c in claimed if c.kind != kind]
+        by_kind: dict[str, list[Claimed]] = {}
+        for one in claimed:
+            by_kind.setdefault(one.kind, []).append(one)
+        if not claimed:
+            log.debug("nothing_to_claim", action="claim", kind=kind, jobs=len(ids))
+            return
+        for name, members in by_kind.items():  # a forged hint may mix kinds: each still gets its own runner
+            self._run_group(get_kind(name), [_Member(c) for c in members])
+
+    def _run_group(self, spec: KindSpec, members: list[_Member]) -> None:
+        started = time.monotonic()
+        keys = [m.key for m in members]
+        limit = spec.time_limit_s * len(members)
+        if self.keeper:
+            self.keeper.hold(keys, spec.progress_s, limit)
+        first = members[0].claimed
+        bound = log.bind(kind=spec.name, queue=spec.queue, jobs=len(members), job=first.id, attempt=first.attempt)
+        self.settings.scratch.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f"{spec.name}-", dir=self.settings.scratch))
+        phases: dict[str, float] = {"wait_s": max(0.0, first.started_at - (first.dispatched_at or first.created_at))}
+        self._slots.acquire()
+        try:
+            ready = self._prepare(spec, members)
+            reused = self._reuse(spec, ready)
+            work = self._share([m for m in ready if m not in reused])
+            phases["inputs_s"] = time.monotonic() - started
+            if work:
+                # Jobs that share a forward pass share a model version: it is part of what they are grouped by. A forged
+                # hint may still mix them.
+                by_model: dict[str | None, list[_Member]] = {}
+                for member in work:
+                    by_model.setdefault(member.claimed.model, []).append(member)
+                for part in by_model.values():
+                    self._compute(spec, part, scratch)
+            phases["compute_s"] = time.monotonic() - started - phases["inputs_s"]
+            if self.keeper:
+                self.keeper.settle(keys)
+                self.keeper.models(self.cache.keys)
+        except BaseException:
+            self._slots.release()
+            shutil.rmtree(scratch, ignore_errors=True)
+            if self.keeper:
+                self.keeper.drop(keys)  # the leases run out and somebody else takes over
+            raise
+        bound.info("computed", action="compute", seconds=round(time.monotonic() - started, 3), reused=len(reused))
+        self.finishers.submit(self._finish, spec, members, reused, scratch, phases, started)
+
+    # --- before the runner ---
+
+    def _prepare(self, spec: KindSpec, members: Sequence[_Member]) -> list[_Member]:
+        ready = []
+        for member in members:
+            try:
+                params = spec.validate(member.claimed.params)
+                member.resolved = self.inputs.resolve(member.claimed, params)
+            except Exception as error:
+                member.error = classify(error)
+                continue
+            if member.claimed.reuse and spec.cacheable:
+                member.result_key = result_key(spec, member.claimed, member.resolved)
+            ready.append(member)
+        return ready
+
+    def _reuse(self, spec: KindSpec, members: Sequence[_Member]) -> dict[_Member, Success]:
+        """Members whose result is already there, with that result."""
+        wanted = {m.result_key: m.claimed.project_id for m in members if m.result_key}
+        if not wanted:
+            return {}
+        found: dict[str, str] = {}
+        with self.database.read() as conn:
+            for project_id in set(wanted.values()):
+                found.update(jobs.succeeded_with(conn, project_id, [k for k, p in wanted.items() if p == project_id and k]))
+            artifacts = jobs.artifacts(conn, list(found.values()), ("output", "model", "sample")) if found else {}
+        out: dict[_Member, Success] = {}
+        for member in members:
+            source = found.get(member.result_key or "")
+            rows = artifacts.get(source or "", [])
+            if source is None or not rows:
+                continue
+            copies = tuple(
+                NewArtifact(
+                    r["name"], r["object_key"], r["sha256"], r["size"], r["media_type"], r["role"], dict(r["meta"] or {}),
+                    r["seed"], r["model"], tuple(r["parents"] or ()),
+                )
+                for r in rows
+            )  # fmt: skip
+            out[member] = Success(member.claimed.id, member.claimed.attempt, copies, (), member.result_key, source)
+        return out
+
+    def _share(self, members: Sequence[_Member]) -> list[_Member]:
+        """Equal jobs of one micro-batch are computed once: the first leads, the others follow."""
+        leaders: dict[str, _Member] = {}
+        work = []
+        for member in members:
+            leader = leaders.get(member.result_key or "") if member.result_key else None
+            if leader is None:
+                work.append(member)
+                if member.result_key:
+                    leaders[member.result_key] = member
+            else:
+                leader.followers.append(member)
+        return work
+
+    # --- the runner ---
+
+    def _compute(self, spec: KindSpec, members: list[_Member], scratch: Path) -> None:
+        try:
+            models = {}
+            if members[0].claimed.model:
+                models["model"] = self._model(members[0].claimed.project_id, members[0].claimed.model)
+            runner = get_runner(spec.name)
+        except Exception as error:
+            for member in members:
+                member.error = classify(error)
+            return
+        context = self._context(spec, members, scratch, models)
+        params = [m.resolved.params for m in members if m.resolved]
+        try:
+            for item in runner(params, context):
+                member = members[item.job]
+                if isinstance(item, Failure):
+                    member.error = item.error
+                elif isinstance(item, NewModel):
+                    member.models.append(item)
+                else:
+                    member.outputs.append((item, self.uploads.submit(self._upload, member.claimed, item, member.resolved)))
+        except Exception as error:
+            problem = classify(error)
+            if problem.error_class == "resource":
+                self.cache.clear()
+            for index, member in enumerate(members):
+                if member.error is not None:
+                    continue
+                if isinstance(error, JobCancelled) and not context.cancelled(index):
+                    # A neighbour was cancelled and took the shared loop down: this one is given back without a strike.
+                    member.error = FactoryError("a neighbour in the micro-batch was cancelled", code="released")
+                    member.error.error_class = "released"
+                else:
+                    member.error = problem
+        for member in members:
+            if member.error is None and not member.outputs and not member.models:
+                member.error = FactoryError(f"the runner of {spec.name} yielded nothing for this job", code="no_output")
+
+    def _context(self, spec: KindSpec, members: list[_Member], scratch: Path, models: dict[str, ResolvedModel]) -> JobContext:
+        keeper = self.keeper
+        project_id = members[0].claimed.project_id
+
+        def fetch(job: int, value: "str | OutputRef") -> InputFile:
+            resolved = members[job].resolved
+            if resolved is None:
+                raise InputError("the job's inputs were not resolved")
+            return self.inputs.fetch(value, resolved, scratch / "inputs")
+
+        def report(job: int, fraction: float | None, message: str, metrics: dict[str, float] | None) -> None:
+            if keeper:
+                keeper.progress(members[job].key, fraction, message)
+            if metrics:
+                claimed = members[job].claimed
+                data = {"attempt": claimed.attempt, "fraction": fraction, "metrics": metrics}
+                try:
+                    with self.database.write() as conn:
+                        lifecycle.add_event(
+                            conn, "job.metrics", project_id=claimed.project_id, batch_id=claimed.batch_id, job_id=claimed.id, data=data
+                        )
+                except ServiceUnavailable:
+                    pass  # a point of a curve is not worth the work of an attempt
+
+        def publish(output: Output) -> None:
+            member = members[output.job]
+            artifact = self._upload(member.claimed, output, member.resolved, role=_published_role(output.name))
+
+            def work(conn: Any) -> bool:
+                done = lifecycle.publish(conn, member.claimed.id, member.claimed.attempt, artifact)
+                if done and artifact.role == "checkpoint":
+                    rows = jobs.artifacts(conn, [member.claimed.id], ("checkpoint",)).get(member.claimed.id, [])
+                    old = [r["name"] for r in rows[:-KEEP_CHECKPOINTS]]
+                    lifecycle.drop_published(conn, member.claimed.id, member.claimed.attempt, old)
+                return done
+
+            if not self.database.run(work):
+                raise LeaseLost(f"another attempt holds job {member.claimed.id}")
+
+        def checkpoints(job: int) -> list[InputFile]:
+            claimed = members[job].claimed
+            with self.database.read() as conn:
+                rows = jobs.artifacts(conn, [claimed.id], ("checkpoint",)).get(claimed.id, [])
+            found = []
+            for row in reversed(rows):
+                path = scratch / "checkpoints" / row["name"]
+                try:
+                    self.store.download(row["object_key"], path, sha256=row["sha256"])
+                except FactoryError as error:
+                    log.warning("checkpoint_unreadable", action="resume", job=claimed.id, artifact=row["id"], error=error.message)
+                    continue
+                found.append(InputFile(path, row["media_type"], row["name"], dict(row["meta"] or {})))
+            return found
+
+        return JobContext(
+            scratch=scratch,
+            seeds=[m.claimed.seed for m in members],
+            models=models,
+            cache=self.cache,
+            device=self.device,
+            fetch=fetch,
+            report=report,
+            is_cancelled=(lambda job: keeper.gone(members[job].key)) if keeper else None,
+            publish=publish,
+            checkpoints=checkpoints,
+            resolve_model=lambda name: self._model(project_id, name),
+            should_release=self._should_release,
+        )
+
+    def _should_release(self) -> bool:
+        at = time.monotonic()
+        if not self._draining and at - self._drain_seen > 0.5:
+            self._drain_seen = at
+            self._draining = self._drain.exists()
+        return self._draining
+
+    def _model(self, project_id: str, name: str) -> ResolvedModel:
+        if name in self._models:
+            return self._models[name]
+        with self.database.read() as conn:
+            try:
+                pinned = find(conn, project_id, name)
+            except InputError as error:
+                raise ModelUnavailable(error.message, code=error.code, param="model") from None
+        if pinned.entry is not None:
+            model = locate(pinned.entry, self.settings.models)
+        else:
+            row = pinned.row or {}
+            folder = self.settings.models / pinned.key
+            files: dict[str, Path] = {}
+            for role, file in row["files"].items():
+                if "path" in file:
+                    files[role] = Path(file["path"])
+                    if not files[role].exists():
+                        raise ModelUnavailable(f"model {pinned.key}: {role} {file['path']} is not on this worker's disk")
+                    continue
+                files[role] = folder / "files" / file["name"]
+                if not files[role].exists():
+                    self.store.download(file["object_key"], files[role], sha256=file["sha256"])
+            options = {**row["options"], **({"config": row["config"]} if row["config"] else {})}
+            model = ResolvedModel(row["name"], row["version"], row["engine"], files, folder, options, row["memory_mb"])
+        self._models[name] = model
+        return model
+
+    # --- after the runner ---
+
+    def _upload(self, claimed: Claimed, output: Output, resolved: Resolved | None, role: str = "output") -> NewArtifact:
+        """Encode and store one output; returns its row. Runs in an upload thread."""
+        data = output.data() if callable(output.data) else output.data
+        if isinstance(data, Path):
+            with open(data, "rb") as stream:
+                sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
+            size = data.stat().st_size
+        else:
+            sha256, size = hashlib.sha256(data).hexdigest(), len(data)
+        key = artifact_key(claimed.project_id, sha256, suffix_for(output.media_type))
+        for left in reversed(range(3)):
+            try:
+                self.store.put(key, data, media_type=output.media_type, sha256=sha256, size=size)
+                break
+            except FactoryError as error:
+                if not left or not error.retryable:
+                    raise
+                time.sleep(0.2 * (3 - left))
+        parents = resolved.parents if resolved else ()
+        return NewArtifact(
+            output.name, key, sha256, size, output.media_type, role, dict(output.meta), claimed.seed, claimed.model, parents
+        )
+
+    def _finish(self, spec: KindSpec, members: Sequence[_Member], reused: Mapping[_Member, Success], scratch: Path,
+                phases: dict[str, float], started: float) -> None:  # fmt: skip
+        """Wait for the uploads and commit the group; the next micro-batch computes meanwhile."""
+        keys = [m.key for m in members]
+        try:
+            begun = time.monotonic()
+            successes = [Success(r.job_id, r.attempt, r.artifacts, (), r.result_key, r.reused_from, phases) for r in reused.values()]
+            stops: list[Stop] = []
+            for member in members:
+                if member in reused or (member.error is None and member.resolved is None):
+                    continue
+                self._collect(member, successes, stops, phases)
+            phases["upload_s"] = time.monotonic() - begun
+            done: list[str] = []
+
+            def work(conn: Any) -> list[str]:
+                for stop in stops:
+                    lifecycle.stop(conn, stop)
+                return lifecycle.finish(conn, successes)
+
+            done = self.database.run(work, tries=8)
+            batch_ids = {m.claimed.batch_id for m in members if m.claimed.batch_id}
+            if batch_ids:
+                self.database.run(lambda conn: lifecycle.close_batches(conn, batch_ids))
+            log.info(
+                "committed", action="commit", kind=spec.name, queue=spec.queue, job=members[0].claimed.id, succeeded=len(done),
+                stopped=len(stops), reused=len(reused), seconds=round(time.monotonic() - started, 3),
+            )  # fmt: skip
+        except ServiceUnavailable as error:
+            # The leases run out and another attempt does it again; the objects already lie where that one will put them.
+            log.error("commit_failed", action="commit", kind=spec.name, error=error.message)
+        except Exception:
+            log.exception("commit_failed", action="commit", kind=spec.name)
+        finally:
+            if self.keeper:
+                self.keeper.drop(keys)
+            self._slots.release()
+            shutil.rmtree(scratch, ignore_errors=True)
+        try:
+            self.dispatcher.dispatch()
+        except ServiceUnavailable:
+            pass  # the timer will
+
+    def _collect(self, member: _Member, successes: list[Success], stops: list[Stop], phases: Mapping[str, float]) -> None:
+        """One computed member and those that follow it: results if every upload arrived, the error otherwise."""
+        artifacts: list[NewArtifact] = []
+        models: list[dict[str, Any]] = []
+        for _, future in member.outputs:
+            try:
+                artifacts.append(future.result())
+            except Exception as error:
+                member.error = member.error or classify(error)
+        if member.error is None:
+            try:
+                for model in member.models:
+                    models.append(self._model_files(member, model, artifacts))
+            except Exception as error:
+                member.error = classify(error)
+        for one in (member, *member.followers):
+            if member.error is not None:
+                stops.append(Stop(one.claimed.id, one.claimed.attempt, member.error.to_dict(), phases))
+            else:
+                mine = tuple(models) if one is member else ()
+                successes.append(Success(one.claimed.id, one.claimed.attempt, tuple(artifacts), mine, one.result_key, None, phases))
+
+    def _model_files(self, member: _Member, model: NewModel, artifacts: list[NewArtifact]) -> dict[str, Any]:
+        names = {}
+        for role, path in model.files.items():
+            output = Output(0, f"model/{path.name}", "application/octet-stream", path, {"role": role})
+            artifacts.append(self._upload(member.claimed, output, member.resolved, role="model"))
+            names[role] = output.name
+        return {
+            "name": model.name, "engine": model.engine, "tasks": model.tasks, "files": names, "options": {}, "config": model.config,
+            "metrics": model.metrics, "lineage": {**model.lineage, "job": member.claimed.id, "seed": member.claimed.seed},
+            "memory_mb": model.memory_mb,
+        }  # fmt: skip
+
+    def close(self) -> None:
+        """Commit what is under way, end the keeper, close connections."""
+        self.finishers.shutdown(wait=True)
+        self.uploads.shutdown(wait=True)
+        if self.keeper:
+            self.keeper.close()
+        self.dispatcher.publisher.close()
+        self.database.close()
+
+
+def _published_role(name: str) -> str:
+    return "checkpoint" if name.startswith("checkpoint") else "sample"
+
+
+def result_key(spec: KindSpec, claimed: Claimed, resolved: Resolved) -> str:
+    """What makes two results equal: kind and its version, params, inputs by digest, model version, seed."""
+    seed = claimed.seed if spec.seeded else None
+    parts = [spec.name, spec.version, _without_refs(resolved), dict(resolved.digest), claimed.model, seed]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _without_refs(resolved: Resolved) -> dict[str, Any]:
+    """Params with inputs blanked: their digests stand beside, whichever job made the bytes."""
+    data = resolved.params.model_dump(mode="json")
+    for name in resolved.digest:
+        spot, (*way, last) = data, name.split(".")
+        for part in way:
+            spot = spot[int(part)] if isinstance(spot, list) else spot[part]
+        spot[int(last) if isinstance(spot, list) else last] = None
+    return data
+
+
+def classify(error: BaseException) -> FactoryError:
+    """Any exception as one of ours; its class decides what happens to the job."""
+    if isinstance(error, FactoryError):
+        return error
+    torch = sys.modules.get("torch")
+    if isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.cuda.OutOfMemoryError)):
+        problem = FactoryError(f"out of memory: {str(error)[:300]}", code="out_of_memory")
+        problem.error_class = "resource"
+        return problem
+    text = "".join(traceback.format_exception(error))
+    return FactoryError(f"{type(error).__name__}: {str(error)[:500]}", code="unexpected", traceback=text[-4000:])

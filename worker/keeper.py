@@ -1,0 +1,340 @@
+"""The keeper: a process of its own that renews a worker's leases, so that no model code can starve the heartbeat.
+
+The worker's child starts it and talks to it by lines of JSON. It renews leases, notes progress, tells of cancelled and lost
+jobs, kills a child that makes no progress, and gives the jobs of a child that died back at once, without waiting for their
+lease. ``python -m worker.keeper`` is its entry point; `Keeper` is the child's side of it.
+"""
+
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import structlog
+
+from contentfactory.errors import FactoryError, ServiceUnavailable
+from contentfactory.settings import Settings
+
+log = structlog.get_logger(__name__)
+Key = tuple[str, int]
+
+LOAD_ALLOWANCE_S = 600.0
+"""Silence allowed on top of the kind's limit until the first sign of progress: a model may have to be loaded or converted."""
+
+
+class Keeper:
+    """The child's side: starts the keeper process and keeps it running.
+
+    Args:
+        settings: Passed on to the process.
+        worker: Id of this worker's child, the owner of its leases.
+        queues: Queues that the worker serves, for its report.
+        device: Its device, for its report.
+    """
+
+    def __init__(self, settings: Settings, worker: str, queues: Sequence[str], device: str) -> None:
+        self._settings = settings
+        self._hello = {"op": "hello", "worker": worker, "queues": list(queues), "device": device, "pid": os.getpid()}
+        self._lock = threading.Lock()
+        self._held: dict[Key, dict[str, Any]] = {}
+        self._lost: set[Key] = set()
+        self._cancelled: set[Key] = set()
+        self._last_beat: dict[Key, float] = {}
+        self._closing = False
+        self._process = self._start()
+        threading.Thread(target=self._watch, name="keeper", daemon=True).start()
+
+    def _start(self) -> "subprocess.Popen[str]":
+        process = subprocess.Popen(
+            [sys.executable, "-m", "worker.keeper"],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1,
+            env={**os.environ, **self._settings.environment()},
+            # Ctrl-C reaches the whole foreground group: the keeper must outlive the child's last commit.
+            start_new_session=False, preexec_fn=_ignore_interrupt,
+        )  # fmt: skip
+        _send(process, self._hello)
+        for jobs in self._held.values():
+            _send(process, jobs)
+        return process
+
+    def _watch(self) -> None:
+        while True:
+            process = self._process
+            assert process.stdout is not None  # noqa: S101 - Popen was given a pipe
+            for line in process.stdout:
+                try:
+                    message = json.loads(line)
+                except ValueError:
+                    continue
+                self._lost.update((i, a) for i, a in message.get("lost", ()))
+                self._cancelled.update((i, a) for i, a in message.get("cancelled", ()))
+            if self._closing:
+                return
+            log.warning("keeper_ended", action="restart", code=process.poll())
+            time.sleep(0.2)
+            with self._lock:
+                self._process = self._start()
+
+    def hold(self, keys: Sequence[Key], progress_s: float, limit_s: float) -> None:
+        """Renew these jobs' leases from now on and watch their progress."""
+        message = {"op": "hold", "jobs": list(keys), "progress_s": progress_s, "limit_s": limit_s}
+        with self._lock:
+            for key in keys:
+                self._held[key] = {**message, "jobs": [key]}
+            _send(self._process, message)
+
+    def settle(self, keys: Sequence[Key]) -> None:
+        """The runner is done with these jobs: renew their leases until `drop`, but watch for progress no more."""
+        with self._lock:
+            _send(self._process, {"op": "settle", "jobs": list(keys)})
+
+    def drop(self, keys: Sequence[Key]) -> None:
+        """These jobs are finished here."""
+        with self._lock:
+            for key in keys:
+                self._held.pop(key, None)
+                self._lost.discard(key)
+                self._cancelled.discard(key)
+                self._last_beat.pop(key, None)
+            _send(self._process, {"op": "drop", "jobs": list(keys)})
+
+    def progress(self, key: Key, fraction: float | None, message: str) -> None:
+        """Pass progress on, at most twice a second for each job."""
+        at = time.monotonic()
+        if at - self._last_beat.get(key, 0.0) < 0.5 and (fraction is None or fraction < 1.0):
+            return
+        self._last_beat[key] = at
+        with self._lock:
+            _send(self._process, {"op": "beat", "job": key, "fraction": fraction, "message": message})
+
+    def models(self, names: Sequence[str]) -> None:
+        """Say which models are loaded."""
+        with self._lock:
+            _send(self._process, {"op": "models", "names": list(names)})
+
+    def gone(self, key: Key) -> bool:
+        """Whether the job was cancelled or is held by another attempt."""
+        return key in self._cancelled or key in self._lost
+
+    def lost(self, key: Key) -> bool:
+        """Whether another attempt holds the job."""
+        return key in self._lost
+
+    def close(self) -> None:
+        """End the keeper; what is still held is given back without a strike."""
+        self._closing = True
+        with self._lock:
+            _send(self._process, {"op": "bye"})
+        try:
+            self._process.wait(10)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+
+
+def _ignore_interrupt() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _send(process: "subprocess.Popen[str]", message: dict[str, Any]) -> None:
+    try:
+        assert process.stdin is not None  # noqa: S101 - Popen was given a pipe
+        process.stdin.write(json.dumps(message) + "\n")
+        process.stdin.flush()
+    except (OSError, ValueError):
+        pass  # it died; the watcher starts another and tells it everything again
+
+
+@dataclass
+class _Held:
+    progress_s: float
+    limit_s: float
+    started: float
+    heard: float
+    watched: bool = True
+    spoke: bool = False
+    fraction: float | None = None
+    message: str | None = None
+    group: frozenset[Key] = field(default_factory=frozenset)
+
+
+class _Keeper:
+    """The process's side."""
+
+    def __init__(self, settings: Settings) -> None:
+        from db.session import Database
+
+        self.settings = settings
+        self.database = Database(settings.database(), pool_size=1)
+        self.held: dict[Key, _Held] = {}
+        self.told: set[Key] = set()
+        self.worker = ""
+        self.queues: list[str] = []
+        self.device = "cpu"
+        self.child = 0
+        self.names: list[str] = []
+        self.inbox: queue.Queue[dict[str, Any] | None] = queue.Queue()
+
+    def read(self) -> None:
+        for line in sys.stdin:
+            try:
+                self.inbox.put(json.loads(line))
+            except ValueError:
+                continue
+        self.inbox.put(None)
+
+    def run(self) -> None:
+        threading.Thread(target=self.read, daemon=True).start()
+        period = self.settings.lease_s / 3
+        next_beat = 0.0
+        said_bye = False
+        while True:
+            try:
+                message = self.inbox.get(timeout=max(0.05, min(0.5, next_beat - time.monotonic())))
+            except queue.Empty:
+                message = {}
+            if message is None:
+                break
+            if message:
+                said_bye = said_bye or self.take(message)
+                if message.get("op") == "hello":
+                    next_beat = 0.0
+            self.watch()
+            if time.monotonic() >= next_beat:
+                # Cancels are looked for more often than leases need renewing: who cancels, waits for it.
+                next_beat = time.monotonic() + min(period, 2.0)
+                self.beat()
+        self.end(said_bye)
+
+    def take(self, message: dict[str, Any]) -> bool:
+        op, at = message.get("op"), time.monotonic()
+        keys = [(str(i), int(a)) for i, a in message.get("jobs", ())]
+        if op == "hello":
+            self.worker, self.queues = message["worker"], message["queues"]
+            self.device, self.child = message["device"], message["pid"]
+        elif op == "hold":
+            group = frozenset(keys)
+            for key in keys:
+                self.held[key] = _Held(message["progress_s"], message["limit_s"], at, at, group=group)
+        elif op == "settle":
+            for key in keys:
+                if key in self.held:
+                    self.held[key].watched = False
+        elif op == "drop":
+            for key in keys:
+                self.held.pop(key, None)
+                self.told.discard(key)
+        elif op == "beat":
+            key = (message["job"][0], message["job"][1])
+            own = self.held.get(key)
+            if own:
+                own.fraction, own.message = message["fraction"], message["message"]
+                # The members share a forward pass: a sign of life of one is one of all.
+                for member in own.group:
+                    if member in self.held:
+                        self.held[member].heard, self.held[member].spoke = at, True
+        elif op == "models":
+            self.names = message["names"]
+        return op == "bye"
+
+    def beat(self) -> None:
+        from db import lifecycle
+
+        notes = {key: (h.fraction, h.message) for key, h in self.held.items()}
+        try:
+            with self.database.write() as conn:
+                answer = lifecycle.heartbeat(conn, notes, self.settings.lease_s) if notes else None
+                lifecycle.report_worker(conn, self.worker, self.queues, self.device, len(notes), self.names)
+        except ServiceUnavailable as error:
+            # Nobody said 'not yours': the work goes on, and the reaper waits a lease after such an outage.
+            log.warning("heartbeat_failed", action="beat", error=error.message)
+            return
+        if answer is None:
+            return
+        lost, cancelled = answer.lost - self.told, answer.cancelled - self.told
+        if lost or cancelled:
+            self.told |= lost | cancelled
+            print(json.dumps({"lost": sorted(lost), "cancelled": sorted(cancelled)}), flush=True)
+        for key in answer.lost:
+            # Renewing what is not ours any more would only be refused again.
+            if key in self.held:
+                self.held[key].watched = False
+
+    def watch(self) -> None:
+        """Kill the child if a runner went silent, or ran longer than its kind allows."""
+        at = time.monotonic()
+        for held in list(self.held.values()):
+            if not held.watched:
+                continue
+            silence = held.progress_s + (0.0 if held.spoke else LOAD_ALLOWANCE_S)
+            if at - held.heard > silence:
+                self.kill(held, f"no progress for {at - held.heard:.0f} s (limit {silence:.0f} s)")
+                return
+            if at - held.started > held.limit_s + LOAD_ALLOWANCE_S:
+                self.kill(held, f"ran for {at - held.started:.0f} s (limit {held.limit_s:.0f} s)")
+                return
+
+    def kill(self, held: _Held, reason: str) -> None:
+        from db import lifecycle
+
+        log.error("worker_hung", action="kill", worker=self.worker, reason=reason, jobs=len(held.group))
+        hung = [key for key in self.held if key in held.group]
+        others = [key for key in self.held if key not in held.group]
+        try:
+            os.kill(self.child, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        error = {"type": "deadline", "code": "no_progress", "message": reason}
+
+        def work(conn: Any) -> None:
+            for job_id, attempt in hung:
+                lifecycle.stop(conn, lifecycle.Stop(job_id, attempt, error))
+            lifecycle.crash(conn, others, "a neighbour hung the worker", released=True)
+
+        self._ledger(work)
+        self.held.clear()
+
+    def end(self, said_bye: bool) -> None:
+        """The child has gone: give its jobs back now instead of after their lease."""
+        from db import lifecycle
+
+        held, self.held = list(self.held), {}
+        reason = "the worker stopped" if said_bye else f"the worker {self.worker} died"
+
+        def work(conn: Any) -> None:
+            lifecycle.crash(conn, held, reason, released=said_bye)
+            lifecycle.forget_worker(conn, self.worker)
+
+        self._ledger(work)
+        self.database.close()
+
+    def _ledger(self, work: Any) -> None:
+        try:
+            self.database.run(work)
+        except FactoryError as error:
+            log.error("release_failed", action="release", error=error.message)  # the reaper will do it
+
+
+def main() -> None:
+    """Entry point of the keeper process."""
+    from contentfactory.jobs.spec import load_kinds
+    from contentfactory.settings import load_settings
+    from producer.logs import configure_logs
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # A stop signal to the group reaches the child too; the keeper ends when the child closes the pipe.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    settings = load_settings()
+    configure_logs(settings)
+    load_kinds()
+    _Keeper(settings).run()
+
+
+if __name__ == "__main__":
+    main()

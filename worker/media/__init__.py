@@ -1,0 +1,1 @@
+"""Reading and writing media: decode what users send, with caps, and encode what runners make."""

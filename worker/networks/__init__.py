@@ -1,0 +1,1 @@
+"""Networks in pure PyTorch, usable in a notebook."""

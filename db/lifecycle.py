@@ -834,11 +834,9 @@ def _crash(conn: Connection, rows: Iterable[Any], reason: str) -> Counter[str]:
     return states
 
 
-def release_owned(conn: Connection, owner_prefix: str, reason: str) -> int:
-    """Queue everything again that workers of this prefix held; only for a caller who knows that all of them are gone."""
-    rows = conn.execute(
-        select(Job.id, Job.attempt).where(Job.state == JobState.RUNNING, Job.lease_owner.startswith(owner_prefix, autoescape=True))
-    ).all()
+def release_all(conn: Connection, reason: str) -> int:
+    """Queue everything again that runs; only for a caller who knows that no worker of this ledger lives."""
+    rows = conn.execute(select(Job.id, Job.attempt).where(Job.state == JobState.RUNNING)).all()
     return sum(crash(conn, [(r.id, r.attempt) for r in rows], reason, released=True).values())
 
 

@@ -168,7 +168,9 @@ def deliver(
             done += 1
             if progress:
                 progress(done, total)
-    report.failed_jobs = len({item.custom_id for item, _ in rows if item.name is None and item.state != "succeeded"})
+    report.failed_jobs = len(
+        {item.custom_id for item, _ in rows if item.name is None and item.state != "succeeded"}
+    )
     _remove_stale(root, earlier, {path for _, path in laid if path}, report)
     _write(root / TABLE, _table(laid))
     _write(root / PAGE, _page(laid, root, title).encode())
@@ -208,7 +210,7 @@ class _Names:
     """Paths that never meet: not on file systems that ignore case, and never a file where another has a folder."""
 
     def __init__(self) -> None:
-        self.files: set[str] = set()
+        self.files: set[str] = {_fold(name) for name in (TABLE, SUMS, PAGE)}
         self.folders: set[str] = {""}
 
     def path(self, item: DeliveryItem) -> str:
@@ -271,7 +273,9 @@ def _lay(
     fetch(item, part)
     found = _sha256(part)
     if item.sha256 and found != item.sha256:
-        raise IntegrityError(f"{item.custom_id}/{item.name} arrived with SHA-256 {found}; expected {item.sha256}")
+        raise IntegrityError(
+            f"{item.custom_id}/{item.name} arrived with SHA-256 {found}; expected {item.sha256}"
+        )
     goal.parent.mkdir(parents=True, exist_ok=True)
     os.replace(part, goal)
     report.fetched += 1
@@ -334,7 +338,9 @@ def _remove_stale(root: Path, earlier: Mapping[str, str], now: set[str], report:
         if not file.parent.resolve().is_relative_to(root) or not file.is_file() or file.is_symlink():
             continue
         if _sha256(file) != digest:
-            report.warnings.append(f"{path} is no longer part of the delivery but was changed by somebody: kept")
+            report.warnings.append(
+                f"{path} is no longer part of the delivery but was changed by somebody: kept"
+            )
             continue
         file.unlink()
         report.removed += 1
@@ -379,9 +385,16 @@ def _page(laid: list[tuple[DeliveryItem, str | None]], root: Path, title: str) -
                 left -= len(text)
                 entry |= {"text": text, "cut": cut}
         # A transcript of every word would weigh more than the page; only plain facts are shown.
-        facts = {key: value for key, value in item.meta.items() if isinstance(value, int | float | str | bool)}
+        facts = {
+            key: value for key, value in item.meta.items() if isinstance(value, int | float | str | bool)
+        }
         facts = {key: value for key, value in facts.items() if len(str(value)) <= 200}
-        extra = {"meta": facts, "ask": item.params_summary[:2000], "error": item.reason[:2000], "seed": item.seed}
+        extra = {
+            "meta": facts,
+            "ask": item.params_summary[:2000],
+            "error": item.reason[:2000],
+            "seed": item.seed,
+        }
         extra["model"] = item.model
         entry |= {key: value for key, value in extra.items() if value not in (None, "", {})}
         groups.setdefault(item.custom_id.split("/")[0], []).append(entry)
@@ -403,7 +416,9 @@ def _page(laid: list[tuple[DeliveryItem, str | None]], root: Path, title: str) -
 
 def _is_text(media_type: str | None) -> bool:
     base = (media_type or "").partition(";")[0].strip()
-    return base in ("application/json", "application/x-subrip") or (base.startswith("text/") and base != "text/html")
+    return base in ("application/json", "application/x-subrip") or (
+        base.startswith("text/") and base != "text/html"
+    )
 
 
 def _text(path: Path, limit: int) -> tuple[str, bool]:

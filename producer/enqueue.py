@@ -219,6 +219,7 @@ class Producer:
         reuse: bool = True,
         labels: Mapping[str, str] | None = None,
         resume: bool = True,
+        report: manifests.Report | None = None,
         progress: Any = None,
     ) -> tuple[str, bool]:
         """Accept a manifest: check every line, store it, commit the batch's row. Expanding follows (`expand`).
@@ -231,6 +232,7 @@ class Producer:
             reuse: Whether equal earlier results may be taken.
             labels: Notes.
             resume: Whether an unfinished batch of the very same content is continued instead of making another.
+            report: What `plan` found just now; planned here where left out.
             progress: Told the number of jobs read, now and then.
 
         Returns:
@@ -239,10 +241,10 @@ class Producer:
         Raises:
             InputError: With every mistake by its line; nothing is accepted then.
         """
-        report = self.plan(manifest, project=project, progress=progress)
-        report.raise_for_errors()
+        report = report or self.plan(manifest, project=project, progress=progress)
+        report.raise_for_errors(shown=1000)
         project_id = self.project_id(project)
-        uploaded = self._upload_files(manifest, project)
+        uploaded = self._upload_files(manifest, project) if report.files else {}
         handle, spool_name = tempfile.mkstemp(prefix="factory-manifest-", suffix=".jsonl.gz")
         os.close(handle)
         spool = Path(spool_name)
@@ -283,16 +285,15 @@ class Producer:
         digest = hashlib.sha256()
         total = 0
         with open(target, "wb") as raw, gzip.GzipFile(fileobj=raw, mode="wb", compresslevel=1, mtime=0) as out:
-            for line in manifests.lines(manifest):
+            for total, line in enumerate(manifests.lines(manifest), start=1):
                 record = {
-                    "n": line.position, "line": line.line or line.position, "id": line.custom_id, "kind": line.kind,
+                    "n": total, "id": line.custom_id, "kind": line.kind,
                     "params": line.with_files(uploaded), "parents": list(line.parents),
                     "priority": line.priority or priority, "seed": line.seed, "labels": line.metadata, "reuse": reuse,
                 }  # fmt: skip
                 data = json.dumps(record, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode() + b"\n"
                 digest.update(data)
                 out.write(data)
-                total += 1
         return digest.hexdigest(), total
 
     def expand(self, batch_id: str, seconds: float | None = None) -> bool:

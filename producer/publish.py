@@ -55,9 +55,9 @@ class Publisher:
     def __init__(self, settings: Settings) -> None:
         self._app = celery.Celery("factory", broker=settings.broker(), set_as_current=False)
         self._app.conf.update(celery_options())
-        self._redis = redis.Redis.from_url(
-            settings.redis(), socket_timeout=15, socket_connect_timeout=5, socket_keepalive=True, decode_responses=False
-        )
+        url = settings.redis()
+        tcp = {} if url.startswith("unix:") else {"socket_keepalive": True}
+        self._redis = redis.Redis.from_url(url, socket_timeout=15, socket_connect_timeout=5, **tcp)
 
     def send(self, hints: Sequence[Hint]) -> list[Hint]:
         """Publish micro-batches.

@@ -149,7 +149,7 @@ def flower_env(settings: Settings, port: int) -> dict[str, str]:
         "FLOWER_PORT": str(port),
         "FLOWER_BASIC_AUTH": f"{settings.flower_user}:{flower_password(settings)}",
         "FLOWER_PERSISTENT": "True",
-        "FLOWER_DB": str(settings.state_dir / "flower.db"),
+        "FLOWER_DB": str(settings.state_dir / "flower" / "state"),
         "FLOWER_STATE_SAVE_INTERVAL": "10000",
         "FLOWER_MAX_TASKS": "20000",
     }
@@ -179,6 +179,7 @@ def plan(
         services.append(_broker_service(settings))
     if flower is not None:
         url = f"http://{settings.flower_host}:{flower}"
+        (settings.state_dir / "flower").mkdir(parents=True, exist_ok=True)
         services.append(
             Service(
                 "flower", flower_command(), {**base, **flower_env(settings, flower)}, ready=lambda: _answers(url), essential=False
@@ -202,7 +203,7 @@ def plan(
             name = queues.replace(",", "-") + (f"-{number}" if count > 1 else "")
             services.append(
                 Service(
-                    name, worker_command(settings, queues, name), {**env, "FACTORY_WORKER_NAME": name}, ready=partial(ping, worker_host(name)),
+                    name, worker_command(settings, queues, name), env, ready=partial(ping, worker_host(name)),
                     group="workers", stop_timeout_s=settings.drain_s,
                 )
             )  # fmt: skip
@@ -329,9 +330,11 @@ class Supervisor:
         """
         if self._thread is not None:
             raise RuntimeError("this supervisor was started before; make another one")
-        for folder in (self.settings.run_dir, self.settings.log_dir):
-            folder.mkdir(parents=True, exist_ok=True)
+        # The ledger holds prompts and the run folder secrets: others of this machine have no business there.
+        self.settings.state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self.settings.run_dir.mkdir(exist_ok=True)
         self.settings.run_dir.chmod(0o700)
+        self.settings.log_dir.mkdir(exist_ok=True)
         self._lock = _take_lock(self.settings)
         try:
             _sweep_leftovers(self.settings)

@@ -133,7 +133,10 @@ class ObjectStore(Protocol):
         ...
 
     def list(self, prefix: str = "") -> Iterator[StoredObject]:
-        """All objects whose key starts with ``prefix``, in the order of their keys, fetched page by page as you go."""
+        """All objects whose key starts with ``prefix``, in the order of their keys, fetched page by page as you go.
+
+        Some S3 servers keep folders and compare keys part by part: there ``a/b`` comes before ``a.png``.
+        """
         ...
 
     def presign_get(

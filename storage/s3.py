@@ -38,6 +38,7 @@ from storage.keys import media_type_for, promised_sha256, validate_key, validate
 from storage.signing import check_expires, check_media_type, disposition_and_type
 from storage.streams import (
     HashingReader,
+    Rejoined,
     buffered,
     check_range,
     download_to,

@@ -76,7 +76,7 @@ class AudioSpeech(Params):
     time_limit_s=900,
     progress_s=120,
     default_model="studio-synth",
-    seconds=lambda p: 0.4 + p.duration_s * 0.12,
+    seconds=lambda p: 0.5 + p.duration_s * 0.2,
 )
 class AudioMusic(Params):
     """Compose and render instrumental music of a mood, of exactly the wanted length.

@@ -53,7 +53,7 @@ class Sampling(Params):
 
 def _generate_seconds(params: Any) -> float:
     # 60 tokens a second in company on the reference CPU; texts end before their limit more often than not.
-    return 0.4 + 0.6 * params.max_tokens * params.best_of / 60
+    return float(0.4 + 0.6 * params.max_tokens * params.best_of / 60)
 
 
 @kind(

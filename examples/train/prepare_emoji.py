@@ -284,6 +284,12 @@ def main() -> None:
         if not item["gendered"]:
             frequency.update(set(item["keywords"]) | set(item["names"]))  # type: ignore[call-overload]
 
+    # "rocket" is a keyword of the astronaut and the name of the rocket: there it stands alone, here it does not.
+    owner: dict[str, set[str]] = {}
+    for key, item in chosen.items():
+        for name in item["names"]:  # type: ignore[attr-defined]
+            owner.setdefault(re.sub(r" (face|button)$", "", name), set()).add(key)
+
     # Pass 2: captions, pictures, recoloured copies.
     lines: list[dict[str, object]] = []
     recoloured = 0
@@ -292,18 +298,20 @@ def main() -> None:
         keywords: list[str] = item["keywords"]  # type: ignore[assignment,no-redef]
         name = names[0]
         picture = load_square(item["data"])  # type: ignore[arg-type]
-        own = [w for w in keywords if frequency[w] <= 3 and w not in GENERIC and len(w) > 2]
+        free = [w for w in keywords if not owner.get(w, {key}) - {key} or w in name.split()]
+        own = [w for w in free if frequency[w] <= 3 and w not in GENERIC and len(w) > 2]
         shared = [w for w in keywords if w not in own and w not in GENERIC and 3 < frequency[w] <= 12]
+        # The plain name is what people write most: it stands three times, so it is drawn three times as often.
         captions = list(names) + [with_article(n) for n in names]
         captions += [TEMPLATES[i].format(x=name, a=with_article(name)) for i in range(len(TEMPLATES))]
-        captions += own + [with_article(w) for w in own]
+        captions += own + [with_article(w) for w in own if w in item["tight"]]
         captions += [f"{w} {name}" for w in (own + shared)[:4] if w not in name]
         if len(own) > 1:
             captions.append(f"{name}, {', '.join(own[:3])}")
             captions.append(" ".join(own[:4]))
         captions += [f"{w} {v}" for w, v in zip(shared, shared[1:], strict=False)][:3]
         # A word that several pictures share may stand alone where it is the subject itself: "cat" for "cat face".
-        heads = [w for w in shared if w in item["tight"] and (w in name.split() or frequency[w] <= 6)]
+        heads = [w for w in shared if w in free and w in item["tight"] and (w in name.split() or frequency[w] <= 6)]
         if match := re.fullmatch(r"(\w+) face", name):
             heads.append(match.group(1))
         for head in unique(heads):
@@ -317,7 +325,7 @@ def main() -> None:
             # A keyword's gloss may miss the picture, a name's gloss describes it.
             if lemma in names:
                 captions += [gloss, f"{with_article(lemma)}, {gloss}"]
-                captions += [clean(s) for s in synonyms[:4]]
+                captions += [clean(s) for s in synonyms[:4] if not owner.get(clean(s), {key}) - {key}]
             elif len(content_words(gloss) & hints) >= 2:
                 captions.append(gloss)
 
@@ -326,7 +334,8 @@ def main() -> None:
         person = bool(re.search(r"face|person|man|woman|hand|people|finger|family|couple|kiss|hair|foot|ear|nose", name))
         if shares[main_colour] >= 0.55 and not person and not any(c in name for c in [*COLOURS, "white", "black"]):
             captions += [f"a {main_colour} {name}", f"{main_colour} {(own or [name])[0]}"]
-        captions = [c for c in unique([c.strip() for c in captions]) if content_words(c) not in held_out]
+        captions = [name, with_article(name)] * 2 + unique([c.strip() for c in captions])
+        captions = [c for c in captions if content_words(c) not in held_out]
         weight = 0.4 if item["gendered"] else 1.0
         picture.save(args.out / f"{key}.png", optimize=True)
         lines.append({"file": f"{key}.png", "captions": captions, "weight": weight,

@@ -137,7 +137,7 @@ class _Check:
                         for error in wrong.errors:
                             self.similar(error, draft.job, draft.rows)
                     name = draft.raw.get("custom_id") if isinstance(draft.raw, dict) else None
-                    if draft.raw is None and draft.errors:
+                    if draft.raw is None and draft.errors and draft.errors[0].code != "once_differs":
                         name = draft.errors[0].custom_id
                     if isinstance(name, str) and name.isprintable():
                         # A wrong line still owns its name: those that depend on it are not wrong as well.
@@ -315,7 +315,10 @@ class _Check:
 
 def _mismatch(kind: KindSpec, output: str | None, modality: str) -> str | None:
     """What is wrong with taking this kind's output for a field of that modality; None where nothing is, or can be told."""
-    made = ", ".join(kind.outputs)
+    # "audio" says it as well as the six formats of audio.
+    made = ", ".join(
+        dict.fromkeys(one.removeprefix("application/").partition("/")[0] for one in kind.outputs)
+    )
     if output is None:
         if fits(kind.outputs[0], modality):
             return None

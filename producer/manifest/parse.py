@@ -1,5 +1,6 @@
 """One job line: validated by its kind, with its references and local files."""
 
+import copy
 import difflib
 import functools
 import mimetypes
@@ -9,7 +10,7 @@ from typing import Any
 
 from contentfactory.errors import InputError
 from contentfactory.ids import is_id
-from contentfactory.jobs.spec import KindSpec, OutputRef, Params, get_kind, iter_inputs, iter_refs
+from contentfactory.jobs.spec import KindSpec, Params, get_kind, iter_inputs, iter_refs
 from contentfactory.states import Priority
 from producer.manifest.model import (
     MAX_ID,
@@ -23,6 +24,7 @@ from producer.manifest.model import (
     Report,
 )
 from producer.manifest.recipe import Manifest
+from producer.manifest.template import to_text
 
 FIELDS = ("custom_id", "kind", "params", "depends_on", "priority", "seed", "metadata")
 PRIORITIES = {"bulk": Priority.BULK, "normal": Priority.NORMAL, "interactive": Priority.INTERACTIVE}
@@ -129,7 +131,7 @@ def parse_draft(draft: Draft, base: Path | None, last: bool = True) -> JobLine:
         wrong("params", f"must be an object (received {_show(params)})")
     elif spec is not None:
         try:
-            parsed = spec.validate(params)
+            parsed = _validate(spec, params, draft.rows)
         except InputError as error:
             by_field: dict[str, list[str]] = {}
             for item in error.detail.get("errors", [{"field": error.param or "", "message": error.message}]):
@@ -155,6 +157,35 @@ def parse_draft(draft: Draft, base: Path | None, last: bool = True) -> JobLine:
         params=parsed.model_dump(mode="json", exclude_unset=True), depends_on=depends_on, refs=refs, priority=priority,
         seed=seed, metadata=metadata, files=files, parsed=parsed, spec=spec, last=last,
     )  # fmt: skip
+
+
+def _validate(spec: KindSpec, params: Mapping[str, Any], rows: bool) -> Params:
+    """Validate params; out of a table also a number where the kind wants a text (a column of article numbers, say)."""
+    try:
+        return spec.validate(params)
+    except InputError as error:
+        if not rows:
+            raise
+        fields = [item["field"] for item in error.detail["errors"] if "valid string" in item["message"]]
+        mended = copy.deepcopy(dict(params))
+        done = [_number_to_text(mended, field.split(".")) for field in fields]
+        if not any(done):
+            raise
+        return spec.validate(mended)
+
+
+def _number_to_text(spot: Any, way: list[str]) -> bool:
+    """Turn the number at the end of a path into text; False where there is none."""
+    try:
+        for part in way[:-1]:
+            spot = spot[int(part)] if isinstance(spot, list) else spot[part]
+        key: Any = int(way[-1]) if isinstance(spot, list) else way[-1]
+        if not isinstance(spot[key], int | float):
+            return False
+        spot[key] = to_text(spot[key])
+    except (KeyError, IndexError, ValueError, TypeError):
+        return False
+    return True
 
 
 def _show(value: Any) -> str:

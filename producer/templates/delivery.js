@@ -123,7 +123,7 @@
   };
   const failure = (item) => el("div", { class: "failed" }, el("b", {}, `${item.id} ${item.state}`), ` ${item.kind}`, el("p", {}, item.error || "no reason was recorded"));
   const table = (items) => {
-    const shown = el("details", {}, el("summary", {}, items.length === 1 ? "How it was made" : `How these ${items.length.toLocaleString("en")} were made`));
+    const shown = el("details", { class: "made" }, el("summary", {}, items.length === 1 ? "How it was made" : `How these ${items.length.toLocaleString("en")} were made`));
     shown.addEventListener("toggle", () => {
       if (!shown.open || shown.children.length > 1) return;
       const rows = items.map((item) => el("tr", {},
@@ -150,12 +150,12 @@
     const open = texts.filter((item) => first(item) && item.kind.startsWith("text.") && item.type !== "application/json");
     read.append(...open.map(words), ...of("audio").map(sound));
     read.append(...texts.filter((item) => !open.includes(item) && (first(item) || filter === "text")).map(folded));
-    read.append(table(visible));
     const wide = visible.length > 2 || (see.children.length > 0 && open.length > 0) || open.some((item) => item.text.length > 600);
     const inside = el("div", { class: "inside" });
     if (see.children.length) inside.append(see);
-    inside.append(read);
-    if (see.children.length && read.children.length > 1) inside.classList.add("both");
+    if (read.children.length) inside.append(read);
+    if (see.children.length && read.children.length) inside.classList.add("both");
+    inside.append(table(visible));
     const failed = group.items.filter((item) => item.mode === "failed").length;
     const info = group.jobs.size > 1 ? el("span", {}, count(group.jobs.size, "job", "jobs")) : el("span", {}, group.items[0].kind);
     return el("article", { class: wide ? "group wide" : "group" },

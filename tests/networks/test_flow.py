@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from worker.networks.flow import (
+    FORMAT,
     LANES,
     Block,
     ConvBlock,
@@ -18,6 +20,7 @@ from worker.networks.flow import (
     ModelFormatError,
     TextToImage,
     decoder_loss,
+    describe,
     flow_loss,
     load,
     sample,
@@ -192,6 +195,7 @@ def test_saved_and_loaded_makes_the_same(model: TextToImage, tmp_path: Path) -> 
     path = tmp_path / "model.safetensors"
     save(model, path, {"dataset": "abc"})
     assert [p.name for p in tmp_path.iterdir()] == ["model.safetensors"]
+    assert describe(path)["about"] == {"dataset": "abc"}
     read = load(path)
     assert read.config == model.config
     assert all(t.dtype == torch.float32 for t in read.state_dict().values())
@@ -213,7 +217,7 @@ def test_foreign_files_are_refused(model: TextToImage, tmp_path: Path) -> None:
     save_file({"x": torch.zeros(1)}, path)
     with pytest.raises(ModelFormatError, match="format is None"):
         load(path)
-    save_file({"x": torch.zeros(1)}, path, metadata={"format": "contentfactory.text-to-image/1", "config": "{}"})
+    save_file({"x": torch.zeros(1)}, path, metadata={"contentfactory": json.dumps({"format": FORMAT})})
     with pytest.raises(ModelFormatError, match="do not make a model"):
         load(path)
 

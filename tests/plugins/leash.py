@@ -16,7 +16,13 @@ PR_SET_PDEATHSIG = 1
 
 
 def main() -> int:
-    parent, folder, stop, user, command = int(sys.argv[1]), sys.argv[2], int(sys.argv[3]), sys.argv[4], sys.argv[5:]
+    parent, folder, stop, user, command = (
+        int(sys.argv[1]),
+        sys.argv[2],
+        int(sys.argv[3]),
+        sys.argv[4],
+        sys.argv[5:],
+    )
     # Looked up before the fork: the child may do next to nothing before it becomes the server.
     prctl = getattr(ctypes.CDLL(None), "prctl", None)
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import transformers
 from numpy.typing import NDArray
-from transformers.utils import cached_file
+from transformers.utils.hub import cached_file
 
 from contentfactory.errors import InputError, ModelUnavailable
 from worker.engines.files import ResolvedModel

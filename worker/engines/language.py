@@ -97,7 +97,7 @@ class Completion:
     likelihood: float
 
 
-class _Unsupported(Exception):
+class _UnsupportedError(Exception):
     """The model does something in its attention that `_attend` does not know."""
 
 
@@ -171,10 +171,10 @@ def _attend(
         ``(rows, tokens, heads, width)``, and no weights.
 
     Raises:
-        _Unsupported: If the model asks for something else than plain causal attention.
+        _UnsupportedError: If the model asks for something else than plain causal attention.
     """
     if any(kwargs.get(name) is not None for name in ("softcap", "s_aux", "position_bias")):
-        raise _Unsupported(type(module).__name__)
+        raise _UnsupportedError(type(module).__name__)
     layer: Any = module.layer_idx
     outs = []
     for index, row in enumerate(_now.rows):
@@ -209,6 +209,7 @@ class _Shared:
         self.model, self.device, self.last_only = model, device, last_only
         self.block = BLOCK.get(device.type, 64)
         self.width, self.least = 1, 1
+        self.own = model.config._attn_implementation
         self._blocks: OrderedDict[tuple[int, ...], _Block] = OrderedDict()
         self._bytes = 0
 
@@ -256,20 +257,22 @@ class _Shared:
 
     def agrees(self) -> bool:
         """Compare with the library's own way, and find the width within which a row's bits stay the same."""
+        self.model.set_attn_implementation(ATTENTION)
         limit = int(self.model.get_input_embeddings().weight.shape[0])
         probe = [(7919 * n + 13) % limit for n in range(1, 10)]
         try:
             row, logits = self.read(probe[:5], len(probe))
             for token in probe[5:]:
                 logits = self.forward([row], [[token]])[0]
-        except _Unsupported:
+        except _UnsupportedError:
+            self.model.set_attn_implementation(self.own)
             return False
-        self.model.set_attn_implementation("sdpa")
+        self.model.set_attn_implementation(self.own)
         wanted = self.model(input_ids=torch.tensor([probe], device=self.device), use_cache=False).logits[0, -1]
-        self.model.set_attn_implementation(ATTENTION)
         loose = 1e-3 if wanted.dtype == torch.float32 else 0.06
         if not torch.allclose(logits.float(), wanted.float(), rtol=loose, atol=loose * float(wanted.float().std())):
             return False
+        self.model.set_attn_implementation(ATTENTION)
         widths = WIDTHS.get(self.device.type, (8,))
 
         def last(count: int, place: int) -> torch.Tensor:
@@ -289,13 +292,15 @@ class _Shared:
 class _Single:
     """Runs the model as the library does, one row after the other."""
 
-    def __init__(self, model: Any, device: torch.device, last_only: bool) -> None:
-        self.model, self.device, self.last_only = model, device, last_only
+    def __init__(self, model: Any, device: torch.device) -> None:
+        self.model, self.device = model, device
         self.width = 8
+        # Recurrent models name their state so, and lack the other.
+        self.state = "cache_params" if "cache_params" in inspect.signature(model.forward).parameters else "past_key_values"
 
     def _forward(self, cache: Any, tokens: list[int]) -> tuple[Any, torch.Tensor]:
-        out = self.model(input_ids=torch.tensor([tokens], device=self.device), past_key_values=cache, use_cache=True)
-        return out.past_key_values, out.logits[0, -1]
+        out = self.model(input_ids=torch.tensor([tokens], device=self.device), use_cache=True, **{self.state: cache})
+        return out[self.state], out.logits[0, -1]
 
     def read(self, prompt: list[int], capacity: int) -> tuple[Any, torch.Tensor]:
         cache, logits = self._forward(None, prompt)
@@ -432,19 +437,19 @@ class LanguageModel:
             ends |= set(value) if isinstance(value, list | tuple) else {value}
         self._ends = frozenset(n for n in ends if n is not None)
         last_only = "logits_to_keep" in inspect.signature(model.forward).parameters
-        self._run: _Shared | _Single = _Shared(model, self._device, last_only)
+        shared = _Shared(model, self._device, last_only)
         with torch.inference_mode():
-            if not self._supports(model) or not self._run.agrees():
-                model.set_attn_implementation("sdpa")
-                self._run = _Single(model, self._device, last_only)
+            fits = self._supports(model) and shared.agrees()
+        self._run: _Shared | _Single = shared if fits else _Single(model, self._device)
 
     @staticmethod
     def _supports(model: Any) -> bool:
         kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ["full_attention"])
-        if not model._supports_attention_backend or not kinds <= {"full_attention", "sliding_attention"}:
-            return False
-        model.set_attn_implementation(ATTENTION)
-        return True
+        return bool(
+            model._supports_attention_backend
+            and model._can_set_attn_implementation()
+            and kinds <= {"full_attention", "sliding_attention"}
+        )
 
     @property
     def width(self) -> int:

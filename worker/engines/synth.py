@@ -19,6 +19,7 @@ from scipy import ndimage, signal
 
 from contentfactory.errors import ModelUnavailable
 from worker.engines.files import ResolvedModel
+from worker.media.audio import AudioBuffer, loudness
 
 Wave = npt.NDArray[np.float32]
 Report = Callable[[float], None]
@@ -49,7 +50,7 @@ class Track:
         role: What it plays (``melody``, ``bass`` …).
         instrument: Name in `INSTRUMENTS`, or ``drums``.
         notes: In order of start.
-        gain: Linear.
+        level: Loudness within the mix, LUFS; only the differences between tracks count.
         pan: ``-1`` left to ``1`` right.
         room: Share sent to the reverb, ``[0, 1]``.
     """
@@ -57,7 +58,7 @@ class Track:
     role: str
     instrument: str
     notes: tuple[Note, ...]
-    gain: float = 1.0
+    level: float = -18.0
     pan: float = 0.0
     room: float = 0.25
 
@@ -161,12 +162,15 @@ def _string(f: float, seconds: float, v: float, rate: int, ring: float, bright: 
     size = min(count, whole + 1)
     burst[:size] = _noise(size, round(f * 10))
     burst[:size] -= burst[:size].mean()
-    burst = signal.lfilter([1 - (1 - bright)], [1, -(1 - bright) * (1.1 - 0.35 * v)], burst)
+    # A finger is softer than noise: two poles take the hiss away, the less the harder it plucks.
+    pole = math.exp(-2 * math.pi * min(0.4, (900 + 5200 * bright * (0.5 + v)) / rate))
+    burst = signal.lfilter([(1 - pole) ** 2], np.convolve([1, -pole], [1, -pole]), burst)
     comb = max(1, round(place * whole))
-    burst[comb:] -= 0.8 * burst[:-comb] if comb < count else 0
+    if comb < count:
+        burst[comb:] -= 0.8 * burst[:-comb].copy()
     out = signal.lfilter([1.0], line, burst)
-    top = float(np.abs(out[: min(count, rate // 4)]).max()) or 1.0
-    return out / top
+    level = float(np.sqrt(np.mean(out[: min(count, rate // 8)] ** 2))) or 1.0
+    return np.tanh(out * (0.3 / level))
 
 
 def _plucked(ring: float, bright: float, place: float, release: float, body: float) -> Callable[[float, float, float, int], Any]:
@@ -413,8 +417,10 @@ def synthesize(score: Score, sample_rate: int, report: Report = lambda fraction:
         share = (0.85 * done / sum(weights), 0.85 * (done + weight) / sum(weights))
         mono = _play(track, score, sample_rate, report, share)
         done += weight
+        # Levels are set by ear, as it were: by what each track measures, not by how its sound happens to be computed.
+        gain = 10 ** ((track.level - loudness(AudioBuffer(mono[None, : 120 * sample_rate], sample_rate))) / 20)
         angle = (track.pan + 1) * math.pi / 4
-        sides = np.array([[math.cos(angle)], [math.sin(angle)]], np.float32) * np.float32(track.gain * math.sqrt(2))
+        sides = np.array([[math.cos(angle)], [math.sin(angle)]], np.float32) * np.float32(min(gain, 8.0) * math.sqrt(2))
         stereo = (_chorus(mono, sample_rate) if track.instrument in _WIDE else mono[None, :]) * sides
         if track.instrument in _ECHO:
             lag = round(0.75 * 60 / score.tempo_bpm * sample_rate)
@@ -480,9 +486,10 @@ def play_soundfont(model: ResolvedModel, score: Score, sample_rate: int, report:
             at_channel, channel = channel, channel + (2 if channel == 8 else 1)
             synth.program_select(at_channel, font, 0, PROGRAMS[track.instrument])
         synth.control_change(at_channel, 10, round(63.5 + 63.5 * track.pan))
+        synth.control_change(at_channel, 7, max(20, min(127, round(127 * 10 ** ((track.level + 15) / 40)))))
         for note in track.notes:
             start = round(note.start * beat)
-            events.append((start, 1, at_channel, note.pitch, note.velocity * min(1.0, track.gain)))
+            events.append((start, 1, at_channel, note.pitch, note.velocity))
             events.append((start + max(1, round(note.length * beat)), 0, at_channel, note.pitch, 0.0))
     events.sort(key=lambda e: e[:4])
     parts: list[Wave] = []

@@ -43,7 +43,7 @@ def contrast(one: RGB, other: RGB) -> float:
 
 
 def to_oklch(colour: RGB) -> tuple[float, float, float]:
-    """sRGB to Oklch: lightness 0 to 1, chroma 0 to about 0.37, hue in radians."""
+    """Oklch of an sRGB colour: lightness 0 to 1, chroma 0 to about 0.37, hue in radians."""
     lightness, a, b = _oklab(np.array([colour]))[0]
     return float(lightness), math.hypot(a, b), math.atan2(b, a)
 

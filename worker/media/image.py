@@ -177,7 +177,11 @@ def parse_colour(value: str) -> tuple[int, int, int]:
 
 
 def encode(
-    picture: Image.Image, format: ImageFormat = "png", *, quality: int = 90, ground: str | tuple[int, int, int] = "#ffffff"
+    picture: Image.Image,
+    format: ImageFormat = "png",  # noqa: A002 - the word that params use
+    *,
+    quality: int = 90,
+    ground: str | tuple[int, int, int] = "#ffffff",
 ) -> bytes:
     """Encode a picture; equal pixels give equal bytes, and nothing but pixels is written.
 

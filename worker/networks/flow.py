@@ -28,10 +28,11 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -463,14 +464,33 @@ def save(model: TextToImage, path: Path, metadata: dict[str, str] | None = None)
         metadata: Further strings to keep in the file, for example the dataset's digest.
     """
     tensors = {name: tensor.detach().half().contiguous().cpu() for name, tensor in model.state_dict().items()}
-    config = json.dumps(asdict(model.config), sort_keys=True)
+    document = {"format": FORMAT, "config": asdict(model.config), "about": metadata or {}}
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        save_file(tensors, temporary, metadata={**(metadata or {}), "format": FORMAT, "config": config})
+        # safetensors writes metadata in no certain order: one entry, so that equal weights are equal bytes.
+        save_file(tensors, temporary, metadata={"contentfactory": json.dumps(document, sort_keys=True)})
+        temporary.chmod(0o644)  # safetensors writes files that only their owner may read
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def describe(path: Path) -> dict[str, Any]:
+    """Return what a weights file says about itself: `format`, `config` and `about`, without reading the weights.
+
+    Raises:
+        ModelFormatError: The file is no such model.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            document = json.loads((file.metadata() or {}).get("contentfactory", "{}"))
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ModelFormatError(f"{path}: not readable as safetensors: {error}") from error
+    found = document.get("format") if isinstance(document, dict) else None
+    if found != FORMAT:
+        raise ModelFormatError(f"{path}: format is {found!r}; allowed is {FORMAT!r}")
+    return dict(document)
 
 
 def load(path: Path) -> TextToImage:
@@ -479,20 +499,13 @@ def load(path: Path) -> TextToImage:
     Raises:
         ModelFormatError: The file is no such model, or its tensors do not fit its config.
     """
+    document = describe(path)
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
-    except (OSError, ValueError, RuntimeError) as error:
+        tensors = {name: tensor.float() for name, tensor in load_file(path).items()}
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelFormatError(f"{path}: not readable as safetensors: {error}") from error
-    except Exception as error:  # safetensors raises its own class, derived from Exception alone
-        if type(error).__name__ != "SafetensorError":
-            raise
-        raise ModelFormatError(f"{path}: not readable as safetensors: {error}") from error
-    if metadata.get("format") != FORMAT:
-        raise ModelFormatError(f"{path}: format is {metadata.get('format')!r}; allowed is {FORMAT!r}")
     try:
-        values = json.loads(metadata["config"])
+        values = document["config"]
         model = TextToImage(FlowConfig(**{**values, "channels": tuple(values["channels"])}))
         model.load_state_dict(tensors)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:

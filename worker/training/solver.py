@@ -264,8 +264,14 @@ class _Trained:
             value.copy_(average[name])
         document = self.optimiser.state_dict()
         state: dict[int, dict[str, Tensor]] = {}
+        parameters = list(self.parameters.values())
         for key, tensor in optimiser.items():
             index, name = key.split("/", 1)
+            parameter = parameters[int(index)]
+            if tensor.shape == parameter.shape:
+                # Files hold tensors row by row; the fused rules walk memory and want the parameter's own strides,
+                # which are others for convolutions with the channels last.
+                tensor = torch.empty_like(parameter, dtype=tensor.dtype).copy_(tensor)
             state.setdefault(int(index), {})[name] = tensor
         self.optimiser.load_state_dict({"state": state, "param_groups": document["param_groups"]})
 

@@ -6,6 +6,7 @@ allows. Positions and sizes are fractions of the card, so that a layout works at
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,17 +14,27 @@ from PIL import Image, ImageDraw, ImageFilter
 
 from contentfactory.errors import FactoryError, InputError
 from contentfactory.jobs.image import ImageCompose
-from worker.context import JobContext, Output, Yield
+from worker.context import Failure, JobContext, Output, Yield
 from worker.engines.files import ResolvedModel
 from worker.engines.typeset import Bar, Column, Piece, Typesetter, is_rtl, tidy
-from worker.media.colour import RGB, Palette, contrast, from_oklch, leading_colour, luminance, palette, to_hex, to_oklch
+from worker.media.colour import (
+    RGB,
+    Palette,
+    contrast,
+    from_oklch,
+    leading_colour,
+    luminance,
+    palette,
+    to_hex,
+    to_oklch,
+)
 from worker.media.image import MEDIA_TYPES, SUFFIXES, encode, open_image, parse_colour
 from worker.runners import runs
 
 MAX_PICTURE_PIXELS = 30_000_000
 LANCZOS = Image.Resampling.LANCZOS
 _BLUE: RGB = (58, 91, 190)
-_TYPE = ResolvedModel("typesetter", "1", "typst", {}, folder=None, memory_mb=120)  # type: ignore[arg-type]
+_TYPE = ResolvedModel("typesetter", "1", "typst", {}, folder=Path(), memory_mb=120)
 
 
 def _typesetter(_: ResolvedModel) -> Typesetter:
@@ -45,10 +56,6 @@ def compose(params: list[ImageCompose], context: JobContext) -> Iterator[Yield]:
             card, meta = draw_card(one, picture, logo, context.load(_typesetter, _TYPE))
             context.progress(job, 0.9)
         except FactoryError as error:
-            from worker.context import Failure
-
-            if error.error_class == "cancelled":
-                raise
             yield Failure(job, error)
             continue
         yield Output(
@@ -225,8 +232,11 @@ def _cover(picture: Image.Image, width: int, height: int) -> Image.Image:
 
 
 def _focus(picture: Image.Image, width: float, height: float) -> tuple[float, float]:
-    """Where a crop of a size (pixels) shows most: spectral-residual saliency (Hou, Zhang 2007) with a leaning to the
-    middle and, since heads and subjects are rarely at the foot, upwards."""
+    """Where a crop of a size (pixels) shows most, as its left and top.
+
+    Spectral-residual saliency (Hou, Zhang 2007) decides, with a leaning to the middle and, since heads and subjects are
+    rarely at the foot, upwards.
+    """
     side = 64
     grey = np.asarray(picture.convert("L").resize((side, side), Image.Resampling.BOX), np.float64)
     spectrum = np.fft.fft2(grey)
@@ -238,17 +248,17 @@ def _focus(picture: Image.Image, width: float, height: float) -> tuple[float, fl
     y, x = np.mgrid[0:side, 0:side] / (side - 1)
     weight = blur / blur.sum() * np.exp(-((x - 0.5) ** 2) / 0.18 - ((y - 0.4) ** 2) / 0.2)
 
-    def best(profile: np.ndarray, share: float, usual: float) -> float:
+    def best(profile: np.ndarray, share: float, usual: float, pull: float = 0.12) -> float:
         length = max(1, round(share * side))
         if length >= side:
             return 0.0
         sums = np.convolve(profile, np.ones(length), "valid") / profile.sum()
         starts = np.arange(len(sums)) / max(1, len(sums) - 1)
-        return float(starts[np.argmax(sums - 0.12 * np.abs(starts - usual))])
+        return float(starts[np.argmax(sums - pull * np.abs(starts - usual))])
 
     return (
         best(weight.sum(0), width / picture.width, 0.5) * max(0.0, picture.width - width),
-        best(weight.sum(1), height / picture.height, 0.35) * max(0.0, picture.height - height),
+        best(weight.sum(1), height / picture.height, 0.2, 0.35) * max(0.0, picture.height - height),
     )
 
 
@@ -290,7 +300,7 @@ def _gradient(width: int, height: int, inner: RGB, outer: RGB, centre: tuple[flo
 
 def _mesh(width: int, height: int, lead: RGB, dark: bool) -> Image.Image:
     """Large soft fields of related colours, for cards without a picture."""
-    lightness, chroma, hue = to_oklch(lead)
+    _, chroma, hue = to_oklch(lead)
     chroma = max(chroma, 0.09)
     base = from_oklch(0.42 if dark else 0.62, chroma, hue)
     y, x = np.mgrid[0:height, 0:width].astype(np.float32)
@@ -308,10 +318,9 @@ def _mesh(width: int, height: int, lead: RGB, dark: bool) -> Image.Image:
 
 def _place_thing(card: _Card, box: tuple[int, int, int, int], *, fill: float, disc: bool = False) -> None:
     """Stand a cut-out thing in a box (left, top, right, bottom) with a shadow under it."""
-    assert_box = (box[2] - box[0], box[3] - box[1])
-    if card.picture is None or min(assert_box) < 8:
+    width, height = box[2] - box[0], box[3] - box[1]
+    if card.picture is None or min(width, height) < 8:
         return
-    width, height = assert_box
     thing = _contain(card.picture, round(width * fill), round(height * fill))
     if max(thing.width / card.picture.width, thing.height / card.picture.height) > 3.5:
         card.warnings.append(f"the picture has only {card.picture.width}×{card.picture.height} pixels and is enlarged")

@@ -4,6 +4,7 @@ Plain word matching, made for languages that put spaces between words; the list 
 other languages such words count like any other, for all tries alike.
 """
 
+import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -54,7 +55,7 @@ def ground(text: str, facts: str, subject: str = "") -> Grounding:
     kept = sum(any(_alike(word, other) for other in (*words, *allowed)) for word in said) / len(said)
     told = sum(any(_alike(word, other) for other in said) for word in words) / len(words)
     slips = abs(_denials(text) - _denials(facts)) + sum(_misplaced(n, said, known, allowed) for n in range(len(said)))
-    pairs = list(zip(said, said[1:], strict=False))
+    pairs = list(itertools.pairwise(said))
     return Grounding(round(told, 3), round(kept, 3), slips, len(pairs) - len(set(pairs)))
 
 

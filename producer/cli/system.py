@@ -1,0 +1,159 @@
+"""``factory up``, ``down``, ``doctor``, ``queues``, ``kinds``."""
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any
+
+import typer
+
+from contentfactory.errors import FactoryError, NotFound
+from contentfactory.jobs.spec import QUEUES
+from producer.cli.common import EXIT_SERVICE, Factory, Json, emit, factory, print_line, table
+
+queues = typer.Typer(no_args_is_help=True)
+kinds = typer.Typer(no_args_is_help=True)
+
+
+@contextmanager
+def start(f: Factory, *, flower: bool = True, quiet: bool = False) -> Iterator[Any]:
+    """The running factory of this state folder, or one for the length of the block; yields the supervisor if it is ours."""
+    from db import lifecycle
+    from producer.supervisor import ensure, running
+
+    if running(f.settings) is None and f.settings.embedded_broker and f.database.sqlite:
+        # This folder has no supervisor, so no worker of it lives: what they held may go on at once, without waiting for leases.
+        f.database.run(lambda conn: lifecycle.release_all(conn, "the factory was stopped"))
+    with ensure(f.settings, flower=flower) as up:
+        if up is not None:
+            up.wait_ready()
+            if not quiet and up.flower_url:
+                print_line(f"Flower: {up.flower_url} (login {f.settings.flower_user}, password in {f.settings.run_dir / 'flower.password'})")
+        f.__dict__.pop("publisher", None)
+        f.__dict__.pop("producer", None)
+        f.producer.kick()
+        yield up
+
+
+def up(
+    flower: Annotated[bool, typer.Option(help="Run Flower.")] = True,
+    as_json: Json = False,
+) -> None:
+    """Start broker, timer, workers and Flower, and stay with them until Ctrl-C."""
+    from producer.supervisor import running
+
+    with factory() as f:
+        info = running(f.settings)
+        if info is not None:
+            raise FactoryError(f"a factory runs in {f.settings.state_dir} already (process {info.pid}); stop it with `factory down`")
+        started = time.monotonic()
+        with start(f, flower=flower, quiet=as_json) as supervisor:
+            status = supervisor.status()
+            if as_json:
+                emit({"state_dir": str(f.settings.state_dir), "services": status, "flower": supervisor.flower_url})
+                sys.stdout.flush()
+            else:
+                print_line(f"ready in {time.monotonic() - started:.1f} s: {', '.join(status)}; Ctrl-C stops them")
+                sys.stdout.flush()
+            supervisor.wait()
+            if not as_json:
+                print_line("stopping: running jobs end or are given back")
+
+
+def down(as_json: Json = False) -> None:
+    """Stop the factory that runs in this state folder."""
+    from producer.supervisor import stop
+
+    with factory() as f:
+        stopped = stop(f.settings)
+        emit({"stopped": stopped}) if as_json else print_line("stopped" if stopped else "no factory runs here")
+
+
+@queues.command("list")
+def list_queues(as_json: Json = False) -> None:
+    """Queues: jobs that wait and run, and workers."""
+    from db import status
+
+    with factory() as f:
+        with f.database.read() as conn:
+            rows = status.queues(conn, QUEUES)
+        if as_json:
+            emit(rows)
+            return
+        table([tuple(r.values()) for r in rows], tuple(rows[0]), "no queues")
+
+
+def _pause(name: str, paused: bool, as_json: bool) -> None:
+    from db import lifecycle
+
+    if name not in QUEUES:
+        raise NotFound(f"queue {name!r} does not exist; queues: {', '.join(QUEUES)}")
+    with factory() as f:
+        f.database.run(lambda conn: lifecycle.pause(conn, "queue", name, paused))
+        if not paused:
+            f.producer.kick()
+        emit({"queue": name, "paused": paused}) if as_json else print_line(f"{name} {'paused' if paused else 'goes on'}")
+
+
+@queues.command()
+def pause(queue: str, as_json: Json = False) -> None:
+    """Let nothing of a queue start any more."""
+    _pause(queue, True, as_json)
+
+
+@queues.command()
+def resume(queue: str, as_json: Json = False) -> None:
+    """Let a paused queue go on."""
+    _pause(queue, False, as_json)
+
+
+@kinds.command("list")
+def list_kinds(as_json: Json = False) -> None:
+    """Kinds of job."""
+    from contentfactory.jobs.spec import load_kinds
+
+    specs = sorted(load_kinds().values(), key=lambda s: s.name)
+    if as_json:
+        emit([{"name": s.name, "queue": s.queue, "outputs": s.outputs, "default_model": s.default_model, "summary": s.summary} for s in specs])
+        return
+    table([(s.name, s.queue, s.default_model or "", s.summary) for s in specs], ("kind", "queue", "default model", "summary"), "no kinds")
+
+
+@kinds.command("show")
+def show_kind(name: str, as_json: Json = False) -> None:
+    """A kind's fields with limits, units and defaults."""
+    from contentfactory.jobs.spec import get_kind
+
+    try:
+        spec = get_kind(name)
+    except FactoryError as error:
+        sys.stderr.write(f"error: {error.message}\n")
+        raise typer.Exit(2) from None
+    schema = spec.params.model_json_schema()
+    if as_json:
+        emit({"name": spec.name, "queue": spec.queue, "outputs": spec.outputs, "max_group": spec.max_group, "default_model": spec.default_model, "schema": schema})
+        return
+    print_line(f"{spec.name}  (queue {spec.queue}, up to {spec.max_group} in a micro-batch, makes {', '.join(spec.outputs)})\n{spec.summary}\n")
+    for field, info in spec.params.model_fields.items():
+        default = "required" if info.is_required() else f"default {info.get_default(call_default_factory=True)!r}"
+        print_line(f"  {field:<22} {info.description or ''} ({default})")
+
+
+def doctor(
+    deep: Annotated[bool, typer.Option(help="Also verify every built-in model's files.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Check broker, database, storage, devices and models, and say how to mend what is broken."""
+    from producer.cli.doctor import examine
+
+    with factory() as f:
+        results = examine(f, deep=deep)
+        if as_json:
+            emit(results)
+        else:
+            marks = {"ok": "ok  ", "warning": "warn", "failed": "FAIL"}
+            for r in results:
+                print_line(f"{marks[r['status']]}  {r['check']:<12} {r['message']}" + (f"\n      mend: {r['mend']}" if r.get("mend") else ""))
+        if any(r["status"] == "failed" for r in results):
+            raise typer.Exit(EXIT_SERVICE)

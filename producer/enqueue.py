@@ -127,8 +127,9 @@ class Producer:
                     raise InputError(f"depends on {parent!r}, which is no job of this project", code="unknown_dependency", param="depends_on")
             model = ModelPins(conn, project_id).pin(spec, getattr(parsed, "model", None))
             self._check_artifacts(conn, project_id, parsed)
+            pinned = _pin_datasets(conn, project_id, parsed)
             row = lifecycle.NewJob(
-                id=job_id, project_id=project_id, kind=spec.name, queue=spec.queue, params=parsed.model_dump(mode="json"),
+                id=job_id, project_id=project_id, kind=spec.name, queue=spec.queue, params=pinned.model_dump(mode="json"),
                 share_key=spec.share_key(parsed, model), seconds=_seconds(spec, parsed), seed=chosen, model=model,
                 priority=priority, parents=parents, reuse=reuse and spec.cacheable and self.settings.reuse_results,
                 idempotency_key=idempotency_key, request_hash=request_hash, labels=dict(labels or {}),
@@ -195,19 +196,37 @@ class Producer:
     def plan(self, manifest: manifests.Manifest, *, project: str | None = None, progress: Any = None) -> manifests.Report:
         """Check a manifest to the last line, models included; nothing is accepted."""
         project_id = self.project_id(project)
+        made: set[str] = set()
+        awaited: list[tuple[str, manifests.ManifestError]] = []
         with self.database.read() as conn:
             pins = ModelPins(conn, project_id)
 
             def vet(line: manifests.JobLine) -> Iterator[str]:
+                if line.kind.startswith("train."):
+                    made.add(str(line.params.get("name")))
+                model = getattr(line.parsed, "model", None)
                 try:
-                    pins.pin(line.spec, getattr(line.parsed, "model", None))
+                    pins.pin(line.spec, model)
+                except InputError as error:
+                    if error.code == "unknown_model" and line.parents:
+                        # A training job of the same manifest may make it; whether one does shows at the end.
+                        wrong = manifests.ManifestError(error.message, line.line, "model", line.custom_id, error.code)
+                        awaited.append((str(model), wrong))
+                    else:
+                        yield error.message
+                try:
+                    _pin_datasets(conn, project_id, line.parsed)
                 except InputError as error:
                     yield error.message
                 for field, _, value in iter_inputs(line.parsed):
                     if isinstance(value, str) and value.startswith("art_") and jobs.artifact(conn, project_id, value) is None:
                         yield f"{field}: {value} is no artifact of this project"
 
-            return manifests.check(manifest, vet=vet, progress=progress)
+            report = manifests.check(manifest, vet=vet, progress=progress)
+        missing = tuple(error for model, error in awaited if model not in made)
+        report.errors = tuple(sorted((*report.errors, *missing), key=lambda e: e.line or 0)) if missing else report.errors
+        report.error_count += len(missing)
+        return report
 
     def create_batch(
         self,
@@ -357,7 +376,7 @@ class Producer:
 
         def work(conn: Any) -> bool:
             pins = ModelPins(conn, project_id)
-            rows = [self._row(record, batch_id, project_id, pins, rank0) for record in chunk]
+            rows = [self._row(conn, record, batch_id, project_id, pins, rank0) for record in chunk]
             if not batches.advance(conn, batch_id, old, new, len(rows)):
                 return False
             lifecycle.insert_jobs(conn, rows)
@@ -365,10 +384,16 @@ class Producer:
 
         return self.database.run(work)
 
-    def _row(self, record: Mapping[str, Any], batch_id: str, project_id: str, pins: ModelPins, rank0: int) -> lifecycle.NewJob:
+    def _row(self, conn: Any, record: Mapping[str, Any], batch_id: str, project_id: str, pins: ModelPins, rank0: int) -> lifecycle.NewJob:
         spec = get_kind(record["kind"])
-        parsed = _with_ids(spec.validate(record["params"]), batch_id)
-        model = pins.pin(spec, getattr(parsed, "model", None))
+        parsed = _pin_datasets(conn, project_id, _with_ids(spec.validate(record["params"]), batch_id))
+        try:
+            model = pins.pin(spec, getattr(parsed, "model", None))
+        except InputError:
+            if not record["parents"]:
+                raise
+            # Made by a training job of this batch: the worker takes the newest version once the parents have succeeded.
+            model = parsed.model  # type: ignore[attr-defined]
         seed = record["seed"]
         return lifecycle.NewJob(
             id=job_id_for(batch_id, record["id"]), project_id=project_id, batch_id=batch_id, custom_id=record["id"],
@@ -444,6 +469,28 @@ def _batch_project(batch_id: str) -> Any:
     from db.models import Batch
 
     return select(Batch.project_id).where(Batch.id == batch_id)
+
+
+def _pin_datasets(conn: Any, project_id: str, params: Params) -> Params:
+    """``dataset:NAME`` becomes the artifact of the version that is newest now.
+
+    Raises:
+        InputError: If there is no such data set.
+    """
+    found: dict[str, str] = {}
+    for field, modality, value in iter_inputs(params):
+        if modality != "dataset" or not isinstance(value, str) or not value.startswith("dataset:"):
+            continue
+        name, _, version = value.removeprefix("dataset:").partition("@")
+        row = registry.dataset(conn, project_id, name, int(version) if version else None)
+        if row is None:
+            known = sorted({r["name"] for r in registry.datasets(conn, project_id)})
+            hint = f"registered: {', '.join(known)}" if known else "register one with `factory datasets add`"
+            raise InputError(f"{field}: data set {value.removeprefix('dataset:')!r} does not exist; {hint}", code="unknown_dataset", param=field)
+        found[field] = row["artifact_id"]
+    if not found:
+        return params
+    return type(params).model_validate({**params.model_dump(mode="json"), **found})
 
 
 def _seconds(spec: Any, parsed: Params) -> float:

@@ -27,8 +27,9 @@ def open_store(
     """Open the object store that a URL names. Nothing is sent yet: ``check`` tells whether it works.
 
     Args:
-        url: ``file:///absolute/folder``, ``memory:``, or ``s3://bucket/prefix?endpoint=http://host:port&region=eu-1`` with the
-            optional ``public_endpoint`` (how others reach the server, for links) and ``path_style=false``.
+        url: ``file:///absolute/folder``, ``memory:``, or
+            ``s3://bucket/prefix?endpoint=http://host:port&region=eu-1`` with the optional ``public_endpoint``
+            (how others reach the server, for links) and ``path_style=false``.
         access_key: For S3; without it the usual chain of AWS decides who we are.
         secret_key: For S3.
         session_token: For S3 with temporary credentials.

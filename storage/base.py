@@ -1,8 +1,8 @@
 """The protocol that every object store keeps, and what all stores share.
 
-An object is bytes under a key that the server made (``storage.keys``). It is written once: a key that bears a SHA-256
-can only ever hold those bytes, so putting twice is harmless and a crash between the put and the ledger's commit leaves at
-worst an orphan, never a wrong result.
+An object is bytes under a key that the server made (``storage.keys``). It is written once: a key that bears a
+SHA-256 can only ever hold those bytes, so putting twice is harmless and a crash between the put and the
+ledger's commit leaves at worst an orphan, never a wrong result.
 """
 
 from collections.abc import Iterable, Iterator
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import BinaryIO, Protocol, TypeAlias, runtime_checkable
 
 Source: TypeAlias = bytes | bytearray | memoryview | Path | BinaryIO
-"""What can be put: bytes in memory, a file by its path, or a readable binary stream (read from where it stands)."""
+"""What can be put: bytes, a file by its path, or a readable binary stream (read from where it stands)."""
 
 CHUNK = 1 << 20
 """Bytes that are held at once while something is streamed or hashed."""
@@ -27,8 +27,8 @@ class StoredObject:
     Attributes:
         key: The object's key, as in ``storage.keys``.
         size: Bytes.
-        sha256: Lower-case hexadecimal digest as verified by ``put``; None in entries of ``list`` (``keys.sha256_of_key`` tells
-            it from the key) and for objects that somebody else put there.
+        sha256: Lower-case hexadecimal digest as verified by ``put``; None in entries of ``list``
+            (``keys.sha256_of_key`` tells it from the key) and for objects that somebody else put there.
         media_type: As given to ``put``; in entries of ``list`` it is guessed from the key's suffix.
         modified_at: When it was written, in seconds since 1970 (UTC).
         etag: The store's own mark of these bytes, where it has one.
@@ -46,9 +46,9 @@ class StoredObject:
 class ObjectStore(Protocol):
     """Bytes under keys, written once. Every method may be called from several threads at once.
 
-    All methods raise ``StorageError`` when the store fails in a way that may pass (time-out, 5xx, lost connection),
-    ``ServiceUnavailable`` when it cannot work as set up (no bucket, wrong credentials, disk full), and ``InputError`` for a
-    key that ``storage.keys.validate_key`` refuses.
+    All methods raise ``StorageError`` when the store fails in a way that may pass (time-out, 5xx, lost
+    connection), ``ServiceUnavailable`` when it cannot work as set up (no bucket, wrong credentials, disk
+    full), and ``InputError`` for a key that ``storage.keys.validate_key`` refuses.
     """
 
     def put(
@@ -62,15 +62,16 @@ class ObjectStore(Protocol):
     ) -> StoredObject:
         """Write an object unless the key is taken.
 
-        When equal bytes lie there already, their ``modified_at`` is brought up to now (on S3: if it is more than
-        ``REFRESH_AFTER_S`` old), so that a sweep of old unreferenced objects spares what is about to be referenced again.
+        When equal bytes lie there already, their ``modified_at`` is brought up to now (on S3: if it is more
+        than ``REFRESH_AFTER_S`` old), so that a sweep of old unreferenced objects spares what is about to be
+        referenced again.
 
         Args:
             key: Where to.
             data: Bytes, a file's path, or a binary stream, which is read once in pieces and not closed.
             media_type: IANA media type, such as ``image/png``.
-            sha256: What the bytes must hash to (hexadecimal); computed where not given. A key of ``keys.artifact_key`` or
-                ``keys.input_key`` promises a digest by itself.
+            sha256: What the bytes must hash to (hexadecimal); computed where not given. A key of
+                ``keys.artifact_key`` or ``keys.input_key`` promises a digest by itself.
             size: How many bytes there must be, where it is known beforehand.
 
         Returns:
@@ -78,7 +79,8 @@ class ObjectStore(Protocol):
 
         Raises:
             ObjectExists: If other bytes lie under the key. They are left as they were.
-            IntegrityError: If ``sha256``, ``size`` or the key's own digest do not fit the bytes. Nothing is stored then.
+            IntegrityError: If ``sha256``, ``size`` or the key's own digest do not fit the bytes. Nothing is
+                stored then.
         """
         ...
 
@@ -112,7 +114,8 @@ class ObjectStore(Protocol):
         Args:
             key: Which.
             path: The file to make or replace; missing parent folders are made.
-            sha256: What the bytes must hash to; where not given, the digest that the store keeps is used, if it has one.
+            sha256: What the bytes must hash to; where not given, the digest that the store keeps is used, if
+                it has one.
 
         Raises:
             ObjectNotFound: If there is none.
@@ -133,7 +136,7 @@ class ObjectStore(Protocol):
         ...
 
     def list(self, prefix: str = "") -> Iterator[StoredObject]:
-        """All objects whose key starts with ``prefix``, in the order of their keys, fetched page by page as you go.
+        """All objects whose key starts with ``prefix``, in key order, fetched page by page as you go.
 
         Some S3 servers keep folders and compare keys part by part: there ``a/b`` comes before ``a.png``.
         """
@@ -155,15 +158,16 @@ class ObjectStore(Protocol):
             expires_s: Seconds until the URL stops working, 1 to 604800 (7 days).
             filename: Name under which a browser saves it; any Unicode.
             media_type: Media type to answer with instead of the stored one.
-            inline: Whether a browser may show it rather than save it. Ignored for types that can run scripts (HTML, SVG, XML …),
-                which are always saved.
+            inline: Whether a browser may show it rather than save it. Ignored for types that can run
+                scripts (HTML, SVG, XML …), which are always saved.
         """
         ...
 
     def presign_put(self, key: str, *, expires_s: int, media_type: str, size: int) -> str:
         """A URL to which exactly ``size`` bytes of ``media_type`` may be sent by HTTP PUT for a while.
 
-        The sender must send the same ``Content-Type`` and ``Content-Length``; what arrived is to be checked with ``head``.
+        The sender must send the same ``Content-Type`` and ``Content-Length``; what arrived is to be checked
+        with ``head``.
         """
         ...
 

@@ -15,8 +15,9 @@ _SUFFIX = re.compile(r"\.[a-z0-9]{1,16}(\.[a-z0-9]{1,16})?")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _SHA256_IN_KEY = re.compile(r"(?:^|/)([0-9a-f]{64})(?:\.[^/]*)?$")
 
-# What the factory itself makes and takes; the first suffix of a type is the one that its files get. The standard library's table
-# comes second, in an instance of its own because the module's depends on files in /etc of the machine.
+# What the factory itself makes and takes; the first suffix of a type is the one that its files get. The
+# standard library's table comes second, in an instance of its own because the module's depends on files in
+# /etc of the machine.
 _SUFFIXES = {
     "application/gguf": (".gguf",),
     "application/gzip": (".gz",),
@@ -61,7 +62,7 @@ _STANDARD = mimetypes.MimeTypes()
 
 
 def suffix_for(media_type: str) -> str:
-    """The file suffix of a media type, with its dot; ``.bin`` for an unknown one. Parameters such as charset are ignored."""
+    """The file suffix of a media type without its parameters, with its dot; ``.bin`` for an unknown one."""
     plain = media_type.partition(";")[0].strip().lower()
     known = _SUFFIXES.get(_ALIASES.get(plain, plain))
     return known[0] if known else _STANDARD.guess_extension(plain) or ".bin"
@@ -82,8 +83,8 @@ def media_type_for(key: str) -> str:
 def validate_key(key: str) -> str:
     """Check a key and give it back.
 
-    A key is segments of ASCII letters, digits and ``. _ - =`` with a slash between them; no segment starts with a dot or a
-    dash, so neither ``..`` nor a hidden file nor an option of a command line can come of it.
+    A key is segments of ASCII letters, digits and ``. _ - =`` with a slash between them; no segment starts
+    with a dot or a dash, so neither ``..`` nor a hidden file nor an option of a command line can come of it.
 
     Raises:
         InputError: If it is malformed.
@@ -136,8 +137,8 @@ def project_prefix(project_id: str) -> str:
 def artifact_key(project_id: str, sha256: str, suffix: str = "") -> str:
     """Key of something that a job made: ``projects/<project>/objects/<aa>/<sha256><.suffix>``.
 
-    It bears the digest of its bytes, so the same result of two attempts lands on the same key. Two hexadecimal digits fan the
-    objects out over folders.
+    It bears the digest of its bytes, so the same result of two attempts lands on the same key. Two
+    hexadecimal digits fan the objects out over folders.
 
     Args:
         project_id: Owner.
@@ -151,12 +152,16 @@ def artifact_key(project_id: str, sha256: str, suffix: str = "") -> str:
 
 
 def input_key(project_id: str, sha256: str, suffix: str = "") -> str:
-    """Key of something that a user handed in, as in ``artifact_key``: ``projects/<project>/inputs/<aa>/<sha256><.suffix>``."""
+    """Key of something that a user handed in, as in ``artifact_key``:
+    ``projects/<project>/inputs/<aa>/<sha256><.suffix>``.
+    """
     return _content_key(project_id, "inputs", sha256, suffix)
 
 
 def upload_key(project_id: str, upload_id: str) -> str:
-    """Key of bytes whose digest is not known yet, such as the target of a presigned PUT: ``projects/<project>/uploads/<id>``."""
+    """Key of bytes whose digest is not known yet, such as the target of a presigned PUT:
+    ``projects/<project>/uploads/<id>``.
+    """
     return validate_key(f"projects/{project_id}/uploads/{upload_id}")
 
 
@@ -167,7 +172,7 @@ def sha256_of_key(key: str) -> str | None:
 
 
 def promised_sha256(key: str, sha256: str | None) -> str | None:
-    """The digest that bytes under ``key`` must have: the one given, the one that the key bears, or None for any.
+    """The digest that bytes under ``key`` must have: the one given, the key's own, or None for any.
 
     Raises:
         IntegrityError: If the two differ.

@@ -6,9 +6,9 @@ Layout of the folder::
     meta/<key>.json       digest and media type
     tmp/                  what is being written
 
-A write goes to ``tmp``, is flushed to the disk and then hard-linked to its key: the link either appears whole or not at all, and it
-never replaces another. The description follows; if a crash comes between, it is made again from the bytes, so it never has to be
-flushed.
+A write goes to ``tmp``, is flushed to the disk and then hard-linked to its key: the link either appears whole
+or not at all, and it never replaces another. The description follows; if a crash comes between, it is made
+again from the bytes, so it never has to be flushed.
 """
 
 import errno
@@ -58,8 +58,8 @@ class LocalStore:
 
     Args:
         root: The folder; made if missing.
-        durable: Whether a put returns only when the bytes are on the disk, so that they outlive a power cut. Without it they still
-            outlive the death of the process.
+        durable: Whether a put returns only when the bytes are on the disk, so that they outlive a power
+            cut. Without it they still outlive the death of the process.
         base_url: Where the API is reached; for links only.
         signing_secret: Secret for links, at least 16 bytes; for links only.
         clock: Seconds since 1970, for links.
@@ -116,13 +116,14 @@ class LocalStore:
             if self._link(temporary, target):
                 self._write_meta(key, reader.sha256, media_type)
             else:
-                self._settle(key, temporary, reader, media_type)
+                media_type = self._settle(key, temporary, reader, media_type)
             if self._durable:
                 _sync_folder(target.parent)
-            stored = self._describe(key)
-        if stored is None:
-            raise StorageError(f"object {key} was deleted while it was put")
-        return stored
+            try:
+                status = target.stat()
+            except FileNotFoundError:
+                raise StorageError(f"object {key} was deleted while it was put") from None
+        return StoredObject(key, reader.count, reader.sha256, media_type, status.st_mtime, _etag(status))
 
     def get(self, key: str, *, start: int = 0, end: int | None = None) -> bytes:
         """See ``ObjectStore.get``."""
@@ -130,7 +131,9 @@ class LocalStore:
             return reader.readall()
 
     def open(self, key: str, *, start: int = 0, end: int | None = None) -> BinaryIO:
-        """See ``ObjectStore.open``. Whoever reads all of an object learns from an ``IntegrityError`` that its bytes have changed."""
+        """See ``ObjectStore.open``. Whoever reads all of an object learns from an ``IntegrityError`` that its
+        bytes have changed.
+        """
         with self._mapped("read"):
             return buffered(self._reader(key, start, end))
 
@@ -187,7 +190,7 @@ class LocalStore:
         return self._signer.verify(url, method)
 
     def path_of(self, key: str) -> Path | None:
-        """Where the object's bytes lie, for serving them without a copy; never to be written to. None if there is no such object."""
+        """Where the object's bytes lie, to serve them without a copy; never write there. None if not there."""
         path = self._path(key)
         return path if path.is_file() else None
 
@@ -238,12 +241,18 @@ class LocalStore:
         file.seek(start)
         return HashingReader(Slice(file, None if end is None else end - start), key, close_source=True)
 
-    def _settle(self, key: str, temporary: Path, reader: HashingReader, media_type: str) -> None:
-        """The key is taken: by the same bytes, by others, or by what a power cut or a bad disk made of them."""
+    def _settle(self, key: str, temporary: Path, reader: HashingReader, media_type: str) -> str:
+        """The key is taken: by the same bytes, by others, or by what a power cut or a bad disk made of them.
+
+        Returns:
+            The media type that the object has.
+        """
         target = self._path(key)
-        held = self._describe(key)
-        same = held is not None and (held.size, held.sha256) == (reader.count, reader.sha256)
-        if not same and target.is_file():
+        meta = self._read_meta(key)
+        try:
+            if meta is not None and meta[0] == reader.sha256 and target.stat().st_size == reader.count:
+                os.utime(target)
+                return meta[1]
             # The description may be a leftover: only the bytes themselves say for sure.
             with target.open("rb") as file:
                 same = sha256_of(file) == (reader.sha256, reader.count)
@@ -252,13 +261,14 @@ class LocalStore:
                     raise ObjectExists(f"object {key} holds other bytes already")
                 _log.warning("object_repaired", key=key)
                 os.replace(temporary, target)
-            self._write_meta(key, reader.sha256, media_type)
-        elif self._read_meta(key) is None:
-            self._write_meta(key, reader.sha256, media_type)
-        os.utime(target)
+            os.utime(target)
+        except FileNotFoundError:
+            raise StorageError(f"object {key} was deleted while it was put again") from None
+        self._write_meta(key, reader.sha256, media_type)
+        return media_type
 
     def _describe(self, key: str) -> StoredObject | None:
-        """The object with its description; made from the bytes where a crash, or a person's hand, has left none."""
+        """The object with its description, made from the bytes where a crash or a person's hand left none."""
         path = self._path(key)
         try:
             status = path.stat()
@@ -271,14 +281,7 @@ class LocalStore:
             with path.open("rb") as file:
                 sha256, _ = sha256_of(file)
             meta = sha256, media_type_for(key)
-        return StoredObject(
-            key,
-            status.st_size,
-            meta[0],
-            meta[1],
-            status.st_mtime,
-            f"{status.st_mtime_ns:x}-{status.st_size:x}",
-        )
+        return StoredObject(key, status.st_size, meta[0], meta[1], status.st_mtime, _etag(status))
 
     def _read_meta(self, key: str) -> tuple[str, str] | None:
         try:
@@ -358,9 +361,8 @@ class LocalStore:
             elif child.startswith(prefix):
                 with suppress(FileNotFoundError):
                     status = entry.stat()
-                    etag = f"{status.st_mtime_ns:x}-{status.st_size:x}"
                     yield StoredObject(
-                        child, status.st_size, None, media_type_for(child), status.st_mtime, etag
+                        child, status.st_size, None, media_type_for(child), status.st_mtime, _etag(status)
                     )
 
     @contextmanager
@@ -383,6 +385,10 @@ class LocalStore:
                     f"{reason}: an object's key cannot be the folder of another's", param="key"
                 ) from error
             raise StorageError(reason) from error
+
+
+def _etag(status: os.stat_result) -> str:
+    return f"{status.st_mtime_ns:x}-{status.st_size:x}"
 
 
 def _sync_folder(folder: Path) -> None:

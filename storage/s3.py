@@ -1,7 +1,8 @@
 """Objects in an S3 bucket, on AWS or on any server that speaks S3 (SeaweedFS, Ceph, Garage, R2 …).
 
-The SHA-256 of an object travels as metadata and is checked on the way in and out; on the way in the server checks it too, as the
-signature covers the body. A body whose connection breaks is read on from where it broke.
+The SHA-256 of an object travels as metadata and is checked on the way in and out; on the way in the server
+checks it too, as the signature covers the body. A body whose connection breaks is read on from where it
+broke.
 """
 
 import email.utils
@@ -73,10 +74,12 @@ class S3Store:
         endpoint: URL of the server; None for AWS.
         public_endpoint: URL under which others reach the server, for links; None if it is the same.
         region: Region; ``us-east-1`` for a server of one's own where not given.
-        access_key: With ``secret_key``: who we are. Without them the usual chain of AWS (environment, profile, role) decides.
+        access_key: With ``secret_key``: who we are. Without them the usual chain of AWS (environment,
+            profile, role) decides.
         secret_key: See ``access_key``.
         session_token: For temporary credentials.
-        path_style: Whether the bucket stands in the path rather than in the host name; by default wherever ``endpoint`` is given.
+        path_style: Whether the bucket stands in the path rather than in the host name; by default
+            wherever ``endpoint`` is given.
 
     Raises:
         ConfigError: If the endpoint is no URL.
@@ -135,8 +138,8 @@ class S3Store:
     ) -> StoredObject:
         """See ``ObjectStore.put``.
 
-        A stream that cannot seek and whose digest is not given is first copied to a temporary file, because the digest goes ahead of
-        the bytes.
+        A stream that cannot seek and whose digest is not given is first copied to a temporary file, because
+        the digest goes ahead of the bytes.
         """
         expected = promised_sha256(key, sha256)
         check_media_type(media_type)
@@ -170,7 +173,9 @@ class S3Store:
             return reader.readall()
 
     def open(self, key: str, *, start: int = 0, end: int | None = None) -> BinaryIO:
-        """See ``ObjectStore.open``. Whoever reads all of an object learns from an ``IntegrityError`` that its bytes have changed."""
+        """See ``ObjectStore.open``. Whoever reads all of an object learns from an ``IntegrityError`` that its
+        bytes have changed.
+        """
         return buffered(self._reader(key, start, end))
 
     def download(self, key: str, path: Path, *, sha256: str | None = None) -> None:
@@ -331,14 +336,15 @@ class S3Store:
     def _put_large(
         self, key: str, source: Rejoined, reader: HashingReader, sha256: str, media_type: str, size: int
     ) -> StoredObject:
-        """Send in parts. Nothing is to be seen under the key before the last step, and nothing stays if a step fails."""
+        """Send in parts. Nothing is seen under the key before the last step; nothing stays if a step fails."""
         name = self._name(key)
         with self._mapped("write", key):
             upload = self._client.create_multipart_upload(
                 Bucket=self.bucket, Key=name, ContentType=media_type, Metadata={_DIGEST: sha256}
             )["UploadId"]
         try:
-            # The reader complains at its end if the bytes are not the promised ones: before the parts become an object.
+            # The reader complains at its end if the bytes are not the promised ones: before the parts become
+            # an object.
             parts = self._send_parts(key, upload, source, max(PART, -(-size // _MAX_PARTS)))
             condition = {"IfNoneMatch": "*"} if self._has_conditional_put() else {}
             with self._mapped("write", key):
@@ -360,7 +366,7 @@ class S3Store:
         return self._settle(held, sha256, reader.count)
 
     def _send_parts(self, key: str, upload: str, source: Rejoined, part_size: int) -> _Parts:
-        """Read part after part, with a few on their way at a time: that many, and the one being read, are in memory."""
+        """Read part after part, with a few on their way at a time: those and the one being read are in memory."""
 
         def send(number: int, body: bytes) -> dict[str, Any]:
             with self._mapped("write", key):

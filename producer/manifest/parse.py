@@ -154,8 +154,8 @@ def parse_draft(draft: Draft, base: Path | None, last: bool = True) -> JobLine:
         raise DraftError(*errors)
     return JobLine(
         line=draft.line, job=draft.job, custom_id=name, kind=spec.name,  # type: ignore[arg-type]
-        params=parsed.model_dump(mode="json", exclude_unset=True), depends_on=depends_on, refs=refs, priority=priority,
-        seed=seed, metadata=metadata, files=files, parsed=parsed, spec=spec, last=last,
+        parsed=parsed, depends_on=depends_on, refs=refs, priority=priority,
+        seed=seed, metadata=metadata, files=files, spec=spec, last=last,
     )  # fmt: skip
 
 

@@ -128,7 +128,7 @@ def web(store: ObjectStore) -> Iterator[httpx.Client]:
         yield client
 
 
-# --- writing and reading ------------------------------------------------------------------------------------------------------
+# --- writing and reading ------------------------------------------------------------------------------------
 
 
 def test_roundtrip(store: ObjectStore, tmp_path: Path) -> None:
@@ -244,7 +244,7 @@ def test_media_type_survives(store: ObjectStore) -> None:
     assert store.head("y") is None
 
 
-# --- put if absent ------------------------------------------------------------------------------------------------------------
+# --- put if absent ------------------------------------------------------------------------------------------
 
 
 def test_same_bytes_twice(store: ObjectStore) -> None:
@@ -364,7 +364,7 @@ def test_forty_megabytes_in_flat_memory(
     assert store.sweep_temporary(-60) == 0, "a write that failed has left something"
 
 
-# --- listing and deleting -----------------------------------------------------------------------------------------------------
+# --- listing and deleting -----------------------------------------------------------------------------------
 
 
 def test_list_in_pages(store: ObjectStore) -> None:
@@ -461,7 +461,7 @@ def test_bad_keys(store: ObjectStore, tmp_path: Path) -> None:
                 action()
 
 
-# --- links --------------------------------------------------------------------------------------------------------------------
+# --- links --------------------------------------------------------------------------------------------------
 
 
 def test_link_to_read(store: ObjectStore, web: httpx.Client) -> None:
@@ -555,7 +555,7 @@ def test_check_passes_and_leaves_nothing(store: ObjectStore) -> None:
     assert isinstance(store, ObjectStore)
 
 
-# --- keys and URLs ------------------------------------------------------------------------------------------------------------
+# --- keys and URLs ------------------------------------------------------------------------------------------
 
 
 def test_keys() -> None:
@@ -634,7 +634,7 @@ def test_half_a_pair_of_credentials() -> None:
         open_store("s3://bucket", access_key="a")
 
 
-# --- a local folder -----------------------------------------------------------------------------------------------------------
+# --- a local folder -----------------------------------------------------------------------------------------
 
 
 def test_links_need_a_secret_and_an_address(tmp_path: Path) -> None:
@@ -813,7 +813,7 @@ def test_putting_again_makes_it_young(tmp_path: Path) -> None:
     assert store.path_of("y") is None
 
 
-# --- S3 -----------------------------------------------------------------------------------------------------------------------
+# --- S3 -----------------------------------------------------------------------------------------------------
 
 
 def test_s3_wrong_key_and_missing_bucket(s3_server) -> None:

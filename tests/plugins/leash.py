@@ -1,7 +1,8 @@
 """Runs a server for as long as the process that started this lives, and removes its folder afterwards.
 
-Used as a script: ``leash.py PARENT_PID FOLDER STOP_SIGNAL USER COMMAND...`` (USER empty: the same one). The test process may be
-killed with SIGKILL: then this one sees that it has another parent. If this one is killed, the kernel kills the server (Linux).
+Used as a script: ``leash.py PARENT_PID FOLDER STOP_SIGNAL USER COMMAND...`` (USER empty: the same one). The
+test process may be killed with SIGKILL: then this one sees that it has another parent. If this one is killed,
+the kernel kills the server (Linux).
 """
 
 import ctypes

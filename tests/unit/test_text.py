@@ -105,12 +105,12 @@ def test_follows_an_instruction(run, smollm):
 
 def test_a_job_writes_the_same_alone_and_in_company(run, smollm):
     jobs = [
-        TextGenerate(prompt="Name three fruits.", temperature=0, max_tokens=16),
-        TextGenerate(prompt="Tell me about the sea, " * 12, temperature=1.0, top_p=0.95, max_tokens=20),
-        TextGenerate(prompt="The red fox", template="none", temperature=0.8, top_k=50, repetition_penalty=1.3, max_tokens=24),
-        TextGenerate(prompt="Write a poem about rain.", temperature=0.9, max_tokens=12, best_of=3),
-        TextGenerate(prompt="A list: one, two,", template="none", temperature=0.7, stop=["six"], max_tokens=20),
-        TextGenerate(prompt="Say hello.", system="You are a pirate.", temperature=1.2, max_tokens=10),
+        TextGenerate(prompt="Name three fruits.", temperature=0, max_tokens=10),
+        TextGenerate(prompt="Tell me about the sea, " * 12, temperature=1.0, top_p=0.95, max_tokens=12, template="none"),
+        TextGenerate(prompt="The red fox", template="none", temperature=0.8, top_k=50, repetition_penalty=1.3, max_tokens=14),
+        TextGenerate(prompt="A poem about rain:", template="none", temperature=0.9, max_tokens=6, best_of=3),
+        TextGenerate(prompt="A list: one, two,", template="none", temperature=0.7, stop=["five"], max_tokens=8),
+        TextGenerate(prompt="Say hello.", system="You are a pirate.", temperature=1.2, max_tokens=6),
     ]
     seeds = [11, 22, 33, 44, 55, 66]
     together = run(smollm, jobs, seeds)
@@ -118,8 +118,6 @@ def test_a_job_writes_the_same_alone_and_in_company(run, smollm):
         alone = run(smollm, [job], [seed])[0]
         assert alone.data == out.data
         assert alone.meta == out.meta, "even the mean log probability has the same bits"
-    again = run(smollm, jobs[::-1], seeds[::-1])[::-1]
-    assert [o.data for o in again] == [o.data for o in together]
     other = run(smollm, [jobs[1]], [23])[0]
     assert other.data != together[1].data, "another seed writes something else"
 
@@ -154,16 +152,18 @@ def test_stops(run, smollm):
 
 def test_whole_sentences_only(run, smollm):
     ask = "Explain what a volcano is."
-    full, two, cut = run(
+    full, one, cut = run(
         smollm,
         [
-            TextGenerate(prompt=ask, temperature=0, max_tokens=70),
-            TextGenerate(prompt=ask, temperature=0, max_tokens=70, max_sentences=2),
-            TextGenerate(prompt=ask, temperature=0, max_tokens=40, max_sentences=9),
+            TextGenerate(prompt=ask, temperature=0, max_tokens=45),
+            TextGenerate(prompt=ask, temperature=0, max_tokens=45, max_sentences=1),
+            TextGenerate(prompt=ask, temperature=0, max_tokens=45, max_sentences=9),
         ],
     )
-    assert len(sentence_ends(words(two), whole=True)) == 2
-    assert words(full).startswith(words(two))
+    assert full.meta["finish_reason"] == "length"
+    assert not words(full).endswith("."), "the limit falls inside a sentence, or this test proves nothing"
+    assert len(sentence_ends(words(one), whole=True)) == 1
+    assert words(full).startswith(words(one))
     assert cut.meta["finish_reason"] == "length"
     assert words(cut).endswith(".")
     assert words(full).startswith(words(cut))
@@ -172,7 +172,6 @@ def test_whole_sentences_only(run, smollm):
 def test_keeps_to_its_facts(run, smollm):
     rows = [
         ("The octopus", ["is a sea animal with eight arms", "has three hearts", "changes its colour to hide"], "hearts"),
-        ("Saturn", ["is the sixth planet from the Sun", "is about 120,000 km across", "has bright rings of ice and rock"], "rings"),
     ]
     jobs = []
     for subject, facts, _ in rows:
@@ -180,7 +179,7 @@ def test_keeps_to_its_facts(run, smollm):
         jobs.append(
             TextGenerate(
                 prompt=f"{SHOTS}Subject: {subject}\n{lines}\nText: ", template="none", answer_prefix=subject, facts="\n".join(facts),
-                best_of=4, temperature=0.6, repetition_penalty=1.0, max_sentences=2, max_tokens=60, stop=["\n"],
+                best_of=3, temperature=0.6, repetition_penalty=1.0, max_sentences=2, max_tokens=60, stop=["\n"],
             )
         )  # fmt: skip
     for (subject, _, word), out in zip(rows, run(smollm, jobs), strict=True):
@@ -191,7 +190,7 @@ def test_keeps_to_its_facts(run, smollm):
         assert out.meta["facts_told"] >= 0.7
         assert out.meta["facts_slips"] == 0
         assert 1 <= len(sentence_ends(text, whole=True)) <= 2
-        assert out.meta["tries"] == 4
+        assert out.meta["tries"] == 3
 
 
 def test_chat_answers_and_data_cannot_pass_for_turns(run, smollm, cache, tmp_path):
@@ -234,7 +233,7 @@ def test_cancel_drops_one_row(run, smollm):
         asked.append(job)
         return job == 1 and len(asked) > 12
 
-    jobs = [TextGenerate(prompt="Count to a hundred.", temperature=0.5, max_tokens=20) for _ in range(2)]
+    jobs = [TextGenerate(prompt="Count to a hundred.", temperature=0.5, max_tokens=10, template="none") for _ in range(2)]
     kept, dropped = run(smollm, jobs, is_cancelled=cancelled)
     assert isinstance(dropped, Failure)
     assert isinstance(dropped.error, JobCancelled)
@@ -280,7 +279,7 @@ def test_references_are_found():
 
 def test_choosing():
     logits = torch.tensor([0.0, 4.0, 3.0, 2.0, -5.0])
-    ask = dict(prompt=[0], max_tokens=1)
+    ask = {"prompt": [0], "max_tokens": 1}
     assert choose(logits, Request(**ask), []) == 1
     assert choose(logits, Request(**ask, repetition_penalty=1.9), [1]) == 2
     assert choose(logits, Request(**ask, no_repeat_ngram=2), [3, 1, 2, 3]) == 2
@@ -288,12 +287,12 @@ def test_choosing():
 
     def draws(**how):
         generator = torch.Generator().manual_seed(3)
-        found = [choose(logits, Request(**ask, generator=generator, **how), []) for _ in range(4000)]
-        return np.bincount(found, minlength=5) / 4000
+        found = [choose(logits, Request(**ask, generator=generator, **how), []) for _ in range(2000)]
+        return np.bincount(found, minlength=5) / 2000
 
     wanted = torch.softmax(logits, 0).numpy()
-    np.testing.assert_allclose(draws(temperature=1.0), wanted, atol=0.03)
-    np.testing.assert_allclose(draws(temperature=2.0), torch.softmax(logits / 2, 0).numpy(), atol=0.03)
+    np.testing.assert_allclose(draws(temperature=1.0), wanted, atol=0.04)
+    np.testing.assert_allclose(draws(temperature=2.0), torch.softmax(logits / 2, 0).numpy(), atol=0.04)
     assert draws(temperature=1.0, top_k=2)[[0, 3, 4]].sum() == 0
     assert draws(temperature=1.0, top_p=0.7)[[0, 3, 4]].sum() == 0
     assert draws(temperature=1.0, top_p=0.1)[1] == 1
@@ -317,6 +316,7 @@ def test_choosing():
         ("彼は来た。彼女も来た。まだ", 1, False, "彼は来た。"),
         ("1. First thing\n2. Second thing", 1, False, "1. First thing"),
         ("Vitamin C. It helps. x", 1, True, "Vitamin C."),
+        ("See No. 5 and no. It ends. x", 1, True, "See No. 5 and no."),
     ],
 )
 def test_cutting_sentences(text, limit, finished, wanted):
@@ -366,10 +366,10 @@ def tokenizer(smollm, cache, tmp_path_factory):
     return load_writer(JobContext(tmp_path_factory.mktemp("t"), [0], {"model": smollm}, cache)).tokenizer
 
 
-SMALL = dict(
-    vocab_size=49152, hidden_size=48, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
-    max_position_embeddings=256, bos_token_id=1, eos_token_id=2, pad_token_id=2,
-)  # fmt: skip
+SMALL = {
+    "vocab_size": 49152, "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64,
+    "max_position_embeddings": 256, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -398,6 +398,7 @@ def test_other_architectures_write_as_the_library_does(config, shared, tokenizer
     assert together[2].tokens
 
 
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 def test_an_adapter_changes_what_is_written(tokenizer, tmp_path):
     import peft
 

@@ -238,6 +238,7 @@ def _load_flow(model: ResolvedModel, encoder: Encoder, device: str) -> FlowPaint
     if "config" in model.files:
         try:
             found = json.loads(model.files["config"].read_text(encoding="utf-8"))
+                found = found.get("defaults", found)
             settings = {key: found[key] for key in ("steps", "guidance") if isinstance(found.get(key), int | float)}
         except (OSError, ValueError, AttributeError) as error:
             raise ModelUnavailable(f"model {model.name}: its config cannot be read: {error}") from error
@@ -265,7 +266,9 @@ def _load_diffusers(model: ResolvedModel, device: str) -> DiffusersPainter:
         pipeline = diffusers.AutoPipelineForText2Image.from_pretrained(
             find_source(model), torch_dtype=pick_dtype(model, device), use_safetensors=True, trust_remote_code=False, **more
         )
-    except (OSError, ValueError, KeyError, ImportError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, ImportError, TypeError, AttributeError, RuntimeError) as error:
+        if isinstance(error, torch.cuda.OutOfMemoryError):
+            raise
         raise ModelUnavailable(f"model {model.name}: no text-to-image pipeline can be loaded: {first_line(error)}") from error
     pipeline.set_progress_bar_config(disable=True)
     pipeline = pipeline.to(device)

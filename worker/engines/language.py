@@ -20,6 +20,7 @@ layers, unusual attention) is run by the library, one row after the other: slowe
 
 import inspect
 import threading
+import warnings
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -689,7 +690,10 @@ def _with_adapter(net: Any, folder: Path, name: str) -> Any:
         if not (folder / file).is_file():
             raise ModelUnavailable(f"model {name}: adapter folder {folder} holds no {file}")
     try:
-        return PeftModel.from_pretrained(net, str(folder)).merge_and_unload()
+        with warnings.catch_warnings():
+            # peft asks the model for an attribute that transformers has renamed.
+            warnings.simplefilter("ignore", FutureWarning)
+            return PeftModel.from_pretrained(net, str(folder)).merge_and_unload()
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ModelUnavailable(f"model {name}: adapter {folder} does not fit: {first_line(error)}") from error
 

@@ -192,16 +192,19 @@ def _plucked(ring: float, bright: float, place: float, release: float, body: flo
 def _sweet(f: float, held: float, rate: int, release: float, most: int, slope: Any, voices: tuple[float, ...], attack: float, vibrato: float) -> Any:
     """Several slightly detuned voices of falling partials; ``slope(k, t)`` is the strength of partial k over time."""
     t = _time(held + release, rate)
-    out = np.zeros(t.size)
-    count = _partials(f, rate, most)
+    out = np.zeros(t.size, np.float32)
+    strengths = [np.asarray(slope(k, t), np.float32) for k in range(1, _partials(f, rate, most) + 1)]
     for number, cents in enumerate(voices):
-        swing = vibrato * np.clip((t - 0.25) / 0.5, 0, 1) * np.sin(2 * np.pi * (5.1 + 0.31 * number) * t + number * 2.1)
-        phase = 2 * np.pi * f * 2 ** (cents / 1200) * (np.cumsum(1 + swing) / rate)
+        phase = 2 * np.pi * f * 2 ** (cents / 1200) * t
+        if vibrato:
+            swing = np.clip((t - 0.25) / 0.5, 0, 1) * np.sin(2 * np.pi * (5.1 + 0.31 * number) * t + number * 2.1)
+            phase += 2 * np.pi * f * vibrato * np.cumsum(swing) / rate
+        phase += number
         # Multiples of one sine come from a recurrence: much cheaper than a sine for each partial.
-        first, twice = np.sin(phase + number), 2 * np.cos(phase + number)
-        before, now = np.zeros(t.size), first
-        for k in range(1, count + 1):
-            out += slope(k, t) * now
+        now, twice = np.sin(phase).astype(np.float32), (2 * np.cos(phase)).astype(np.float32)
+        before = np.zeros(t.size, np.float32)
+        for strength in strengths:
+            out += strength * now
             before, now = now, twice * now - before
     return out / math.sqrt(len(voices)) * _envelope(t, held, attack, release)
 

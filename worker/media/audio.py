@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -352,19 +353,49 @@ def stretch(buffer: AudioBuffer, tempo: float) -> AudioBuffer:
 
 
 def loudness(buffer: AudioBuffer) -> float:
-    """Integrated loudness by ITU-R BS.1770-4, LUFS; `SILENCE_LUFS` for silence."""
-    import pyloudnorm
+    """Integrated loudness by ITU-R BS.1770-4 with both gates, LUFS; `SILENCE_LUFS` for silence.
 
-    samples = buffer.samples
+    Sounds shorter than the meter's block of 0.4 s are measured as if repeated. Long ones need no more memory than their
+    samples: they are filtered piece by piece.
+    """
+    samples, rate = buffer.samples, buffer.sample_rate
     if samples.shape[1] == 0 or not np.any(samples):
         return SILENCE_LUFS
-    need = math.ceil(0.41 * buffer.sample_rate)  # the meter's block is 0.4 s: what is shorter is repeated
-    if samples.shape[1] < need:
-        samples = np.tile(samples, (1, math.ceil(need / samples.shape[1])))
-    meter = pyloudnorm.Meter(buffer.sample_rate)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        value = float(meter.integrated_loudness(samples.T.astype(np.float64)))
-    return max(value, SILENCE_LUFS) if math.isfinite(value) else SILENCE_LUFS
+    step = max(1, round(0.1 * rate))
+    if samples.shape[1] < 4 * step:
+        samples = np.tile(samples, (1, math.ceil(4 * step / samples.shape[1])))
+    sos = _k_weighting(rate)
+    state = np.zeros((2, samples.shape[0], 2))
+    energies: list[npt.NDArray[np.float64]] = []
+    piece = step * 300
+    for start in range(0, samples.shape[1] // step * step, piece):
+        block = samples[:, start : min(start + piece, samples.shape[1] // step * step)]
+        heard, state = signal.sosfilt(sos, block.astype(np.float64), axis=1, zi=state)
+        energies.append((heard**2).reshape(heard.shape[0], -1, step).mean(axis=2).sum(axis=0))
+    tenths = np.concatenate(energies)
+    blocks = np.convolve(tenths, np.full(4, 0.25), "valid")
+    levels = -0.691 + 10 * np.log10(blocks + 1e-15)
+    heard_blocks = blocks[levels > SILENCE_LUFS]
+    if not heard_blocks.size:
+        return SILENCE_LUFS
+    gate = -0.691 + 10 * math.log10(float(heard_blocks.mean())) - 10
+    return max(SILENCE_LUFS, -0.691 + 10 * math.log10(float(blocks[(levels > SILENCE_LUFS) & (levels > gate)].mean())))
+
+
+@cache
+def _k_weighting(rate: int) -> npt.NDArray[np.float64]:
+    """The two filters of BS.1770 (head, low cut) for any sample rate, by their analogue prototypes."""
+    k, gain, q = math.tan(math.pi * 1681.974450955533 / rate), 10 ** (3.999843853973347 / 20), 0.7071752369554196
+    part = gain**0.4996667741545416
+    scale = 1 + k / q + k * k
+    head = [
+        (gain + part * k / q + k * k) / scale, 2 * (k * k - gain) / scale, (gain - part * k / q + k * k) / scale,
+        1.0, 2 * (k * k - 1) / scale, (1 - k / q + k * k) / scale,
+    ]  # fmt: skip
+    k, q = math.tan(math.pi * 38.13547087602444 / rate), 0.5003270373238773
+    scale = 1 + k / q + k * k
+    low_cut = [1.0, -2.0, 1.0, 1.0, 2 * (k * k - 1) / scale, (1 - k / q + k * k) / scale]
+    return np.array([head, low_cut])
 
 
 def peak_db(buffer: AudioBuffer) -> float:
@@ -387,12 +418,12 @@ def limit(buffer: AudioBuffer, ceiling_db: float = -1.5, lookahead_s: float = 0.
     level = np.abs(buffer.samples).max(axis=0) if buffer.samples.shape[1] else np.zeros(0, np.float32)
     if not level.size or float(level.max()) <= ceiling:
         return buffer
-    need = np.minimum(1.0, ceiling / np.maximum(level, 1e-9))
+    need = np.minimum(np.float32(1), np.float32(ceiling) / np.maximum(level, np.float32(1e-9)))
     half = max(1, round(lookahead_s * buffer.sample_rate))
     # The mean of minima over a window never exceeds the need at its centre, so the ceiling holds exactly.
     low = ndimage.minimum_filter1d(need, 2 * half + 1, mode="nearest")
     window = signal.windows.hann(2 * half + 1)
-    gain = np.minimum(ndimage.convolve1d(low, window / window.sum(), mode="nearest"), need)
+    gain = np.minimum(ndimage.convolve1d(low, (window / window.sum()).astype(np.float32), mode="nearest"), need)
     return AudioBuffer((buffer.samples * gain).astype(np.float32), buffer.sample_rate)
 
 

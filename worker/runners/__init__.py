@@ -22,6 +22,7 @@ MODULES = {
     "image.upscale": "worker.runners.image.upscale",
     "text.chat": "worker.runners.text.generate",
     "text.echo": "worker.runners.text.echo",
+    "train.flow": "worker.runners.train.flow",
     "video.compose": "worker.runners.video.compose",
     "text.embed": "worker.runners.text.embed",
     "text.generate": "worker.runners.text.generate",

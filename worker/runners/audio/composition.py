@@ -197,7 +197,7 @@ def compose(
         notes = [n for n in notes if n.start < total_beats - 0.01]
         if not notes:
             continue
-        level, pan, room = _MIX[role.rstrip("2")]
+        level, pan, room = _MIX[role.rstrip("23456789")]
         level += _TRIM[mood].get(role, 0.0)
         tracks.append(Track(role, instrument, tuple(sorted(notes, key=lambda n: (n.start, n.pitch))), level, pan, room))
     facts = {
@@ -261,8 +261,9 @@ def _cast(style: _Mood, wanted: list[str] | None) -> dict[str, str]:
         # Nobody whom the user named sits idle: take a role that another one fills twice, or double the tune.
         doubled = [r for r, i in cast.items() if list(cast.values()).count(i) > 1 and one in _SUITS[r]]
         spare = [r for r in ("arp", "pad", "counter", "chords", "melody", "bass") if r not in cast and one in _SUITS[r]]
-        role = (doubled or spare or [f"{'bass' if one in ('bass', 'sub_bass') else 'counter'}2"])[0]
-        cast[role] = one
+        extra = "bass" if one in ("bass", "sub_bass") else "counter"
+        numbered = [f"{extra}{n}" for n in range(2, 10) if f"{extra}{n}" not in cast]
+        cast[(doubled or spare or numbered)[0]] = one
     return cast
 
 
@@ -284,8 +285,8 @@ def _form(bars: int, first: tuple[int, ...], second: tuple[int, ...], mode: str,
     else:
         themes = [("A", "A", "B")[n % 3] if phrases > 4 else "AB"[n % 2] for n in range(phrases)]
         themes[-1] = "A"
-        if phrases >= 7:
-            themes[phrases // 2] = "C"  # a breath: theme chords, few players
+        for breath in range(7, phrases - 1, 8):
+            themes[breath - 3] = "C"  # a breath now and then: the theme's chords, few players
     plan: list[_Bar] = []
     for n in range(intro):
         degree = first[n % len(first)]
@@ -293,11 +294,11 @@ def _form(bars: int, first: tuple[int, ...], second: tuple[int, ...], mode: str,
     for index, theme in enumerate(themes):
         share = index / max(1, phrases - 1)
         energy = {"A": 0.6 + 0.35 * share, "B": 0.85, "C": 0.4}[theme]
-        layers = {"pad", "chords", "bass", "melody", "melody2", "bass2"}
+        layers = {"pad", "chords", "bass", "melody"}
         if theme == "C":
             layers = {"pad", "chords", "melody", "arp"}
         elif index > 0 or phrases <= 2:
-            layers |= {"arp", "drums", "counter", "counter2"}
+            layers |= {"arp", "drums", "counter"}
         elif bars >= 12:
             layers |= {"drums"} if intro else {"arp"}
         chords = second if theme == "B" else first
@@ -369,9 +370,9 @@ def _part(
     if role == "drums":
         return _drums(style, plan, last, rng)
     writers: dict[str, Any] = {
-        "chords": _chords, "pad": _pad, "arp": _arpeggio, "bass": _bass, "bass2": _bass, "melody": _melody, "counter": _counter, "counter2": _counter,
+        "chords": _chords, "pad": _pad, "arp": _arpeggio, "bass": _bass, "melody": _melody, "counter": _counter,
     }  # fmt: skip
-    notes = writers[role](instrument, style, plan, voicings, tonic, mode, last, rng)
+    notes = writers[role.rstrip("23456789")](instrument, style, plan, voicings, tonic, mode, last, rng)
     return [_human(n, rng) for n in notes]
 
 

@@ -4,8 +4,9 @@ import re
 
 _END = re.compile(r"[.!?…]+[\"'”’»)\]]*(?=\s|$)|[。！？]+[」』”）]*|\n+")
 _ABBREVIATIONS = frozenset(
-    ["mr", "mrs", "ms", "dr", "prof", "st", "vs", "etc", "e.g", "i.e", "cf", "approx", "ca", "fig", "no", "vol", "jr", "sr", "inc", "ltd", "co", "dept", "est", "al", "u.s", "u.k", "a.m", "p.m"]
+    ["al", "approx", "ca", "cf", "dept", "dr", "e.g", "est", "etc", "i.e", "jr", "mr", "mrs", "ms", "prof", "sr", "st", "vs"]
 )
+_BEFORE_NUMBERS = frozenset(["ch", "fig", "no", "nr", "p", "pp", "vol"])
 
 
 def sentence_ends(text: str, *, whole: bool) -> list[int]:
@@ -27,7 +28,7 @@ def sentence_ends(text: str, *, whole: bool) -> list[int]:
         body = text[start : match.start()].strip()
         if not body or (match.end() == len(text) and not whole and not match.group().startswith("\n")):
             continue
-        if match.group()[0] == "." and _inside(body, text[match.end() :]):
+        if match.group() == "." and _inside(body, text[match.end() :]):
             continue
         ends.append(match.start() if match.group()[0] == "\n" else match.end())
         start = match.end()
@@ -42,6 +43,8 @@ def _inside(body: str, rest: str) -> bool:
         return True
     if not following:
         return False
+    if word in _BEFORE_NUMBERS and following.isdigit():
+        return True
     return word in _ABBREVIATIONS or (len(word) == 1 and word.isalpha() and following.isupper() and len(body) < 3)
 
 

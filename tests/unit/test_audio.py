@@ -442,7 +442,7 @@ def test_music_has_its_length_loudness_and_key(mood: str, pieces: dict[str, tupl
     assert len(notes) > 12
     assert {n % 12 for n in notes} <= allowed
     assert file.length == pytest.approx(7.3, abs=0.6)
-    assert {"chords", "bass"} <= {t.name.split()[0] for t in file.tracks}
+    assert {"chords", "bass"} <= {t.name.split()[0] for t in file.tracks if t.name}
 
 
 def test_moods_differ_as_their_names_say(pieces: dict[str, tuple[Output, bytes, bytes]]) -> None:
@@ -451,8 +451,8 @@ def test_moods_differ_as_their_names_say(pieces: dict[str, tuple[Output, bytes, 
 
     def onsets(mood: str) -> float:
         wave = decode(pieces[mood][1], max_seconds=20).mono().samples[0]
-        power = np.log((wave[: wave.size // 256 * 256].reshape(-1, 256) ** 2).mean(axis=1) + 1e-7)
-        return float(np.maximum(np.diff(power), 0).mean())
+        power = np.log((wave[: wave.size // 512 * 512].reshape(-1, 512) ** 2).mean(axis=1) + 1e-7)
+        return float(np.mean(np.diff(power) > 0.7))
 
     assert onsets("upbeat") > 1.5 * onsets("ambient")
     assert pieces["sad"][0].meta["key"].endswith("minor")
@@ -517,7 +517,7 @@ def test_a_folder_with_a_faster_whisper_model_serves_by_name(models, cache, tmp_
     path = tmp_path / "first.flac"
     path.write_bytes(encode(AudioBuffer(first.samples[:, : round(spoken[1]["sentences"][0]["end_s"] * 24_000) + 2400], 24_000), "flac"))
     out, _ = run("audio.transcribe", [AudioTranscribe(audio=f"file:{path}", beam_size=1)], _own("faster-whisper", folder), cache, tmp_path)
-    assert "kilograms" in data_of(out[0]).decode()
+    assert compare(SENTENCES[0], data_of(out[0]).decode()).wer == 0
 
 
 @pytest.mark.parametrize(

@@ -238,7 +238,7 @@ def _load_flow(model: ResolvedModel, encoder: Encoder, device: str) -> FlowPaint
     if "config" in model.files:
         try:
             found = json.loads(model.files["config"].read_text(encoding="utf-8"))
-                found = found.get("defaults", found)
+            found = found.get("defaults", found)
             settings = {key: found[key] for key in ("steps", "guidance") if isinstance(found.get(key), int | float)}
         except (OSError, ValueError, AttributeError) as error:
             raise ModelUnavailable(f"model {model.name}: its config cannot be read: {error}") from error

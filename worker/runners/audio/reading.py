@@ -52,7 +52,7 @@ def sentences(text: str) -> list[Sentence]:
 
 def _tidy(text: str) -> str:
     text = unicodedata.normalize("NFC", text).replace("\r\n", "\n").replace("\r", "\n")
-    text = re.sub(r"(?m)^\s*(?:[-*•]|#{1,6})\s+", "\x01", text)  # list items and headings, each a line of its own
+    text = re.sub(r"(?m)^[ \t]*(?:[-*•]|#{1,6})[ \t]+", "\x01", text)  # list items and headings, each a line of its own
     text = re.sub(r"\[([^\]\n]+)\]\((?:https?:[^)\s]*|#[^)\s]*)\)", r"\1", text)  # a link is read by its words
     text = re.sub(r"(\*\*|__|``?`?)(?=\S)(.+?)(?<=\S)\1", r"\2", text)
     text = re.sub(r"(?<!\w)[*_](?=\S)([^*_\n]+?)(?<=\S)[*_](?!\w)", r"\1", text)

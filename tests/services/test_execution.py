@@ -1,0 +1,253 @@
+"""A worker's part: claim, run, upload, commit; what one job does never hurts its neighbours."""
+
+import threading
+
+import pytest
+from pydantic import Field
+from sqlalchemy import select
+
+from contentfactory.errors import InputError, TransientError
+from contentfactory.jobs import spec as specs
+from contentfactory.jobs.spec import OutputRef, Params, Text, kind
+from contentfactory.settings import load_settings
+from db import jobs, lifecycle
+from db.models import Attempt, Job
+from storage.memory import MemoryStore
+from worker import runners
+from worker.context import Failure, Output
+from worker.execution import Executor, classify
+
+seen: list[list[str]] = []
+
+
+@pytest.fixture(scope="module")
+def trial_kind():
+    """A kind whose texts say what shall happen to them."""
+
+    @kind("trial.act", queue="text", outputs=("text/plain",), max_group=8)
+    class Act(Params):
+        """Do what the text says."""
+
+        text: Text = Field(description="what to do")
+
+    @runners.runs(Act)
+    def act(params, context):
+        seen.append([p.text for p in params])
+        for job, p in enumerate(params):
+            if p.text.startswith("input"):
+                yield Failure(job, InputError("this one is bad"))
+            elif p.text.startswith("nothing"):
+                continue
+            elif p.text.startswith("explode"):
+                raise RuntimeError("a bug")
+            elif p.text.startswith("memory"):
+                raise MemoryError("no room")
+            elif p.text.startswith("late"):
+                yield Output(job, "text.txt", "text/plain", lambda: (_ for _ in ()).throw(TransientError("no storage")))
+            else:
+                yield Output(job, "text.txt", "text/plain", f"{p.text}:{context.seeds[job]}".encode())
+
+    yield Act
+    specs._REGISTRY.pop("trial.act")
+    runners._RUNNERS.pop("trial.act")
+
+
+class _Silent:
+    """A publisher whose broker is away."""
+
+    def send(self, hints):
+        return list(hints)
+
+    def close(self):
+        pass
+
+
+@pytest.fixture
+def executor(database, tmp_path, trial_kind):
+    settings = load_settings(state_dir=tmp_path / "state", device="cpu")
+    made = Executor(settings, database, MemoryStore(), _Silent(), keeper=False)
+    seen.clear()
+    yield made
+    made.finishers.shutdown()
+    made.uploads.shutdown()
+
+
+@pytest.fixture
+def act(make_jobs, executor, database):
+    """Accept jobs with these texts, run them as one micro-batch, return their states."""
+
+    def run(*texts, **fields):
+        ids = [make_jobs(1, kind="trial.act", params={"text": t}, seed=n, **fields)[0] for n, t in enumerate(texts)]
+        again(*ids)
+        return ids
+
+    def again(*ids):
+        executor.run("trial.act", ids)
+        executor.finishers.submit(lambda: None).result()
+
+    run.again = again
+    return run
+
+
+def states(database, ids):
+    with database.read() as conn:
+        rows = dict(conn.execute(select(Job.id, Job.state).where(Job.id.in_(ids))).all())
+    return [rows[i] for i in ids]
+
+
+def contents(database, executor, job_id):
+    with database.read() as conn:
+        return [executor.store.get(a["object_key"]).decode() for a in jobs.artifacts(conn, [job_id])[job_id]]
+
+
+def test_a_group_is_run_once_and_committed(database, executor, act):
+    ids = act("one", "two", "three")
+    assert states(database, ids) == ["succeeded"] * 3
+    assert seen == [["one", "two", "three"]]
+    assert contents(database, executor, ids[1]) == ["two:1"]
+    with database.read() as conn:
+        phases = conn.execute(select(Attempt.phases).where(Attempt.job_id == ids[0])).scalar()
+    assert {"wait_s", "inputs_s", "compute_s", "upload_s"} <= set(phases)
+
+
+def test_one_bad_job_leaves_its_neighbours_alone(database, act):
+    assert states(database, act("one", "input", "three")) == ["succeeded", "failed", "succeeded"]
+
+
+def test_a_job_without_output_is_a_bug_of_the_runner(database, act):
+    ids = act("one", "nothing")
+    assert states(database, ids) == ["succeeded", "queued"]
+
+
+def test_an_exception_sends_the_group_on_singly(database, act):
+    ids = act("one", "explode", "three")
+    assert states(database, ids) == ["queued"] * 3
+    for i in ids:
+        act.again(i)
+    assert states(database, ids) == ["succeeded", "queued", "succeeded"]
+    with database.read() as conn:
+        rows = conn.execute(select(Job.id, Job.tries, Job.error).where(Job.id.in_(ids))).all()
+        found = {r.id: r for r in rows}
+    assert found[ids[1]].tries == {"bug": 1}
+    assert "a bug" in found[ids[1]].error["detail"]["traceback"]
+
+
+def test_memory_shrinks_the_group(database, act):
+    ids = act("memory", "b", "c", "d")
+    assert states(database, ids) == ["queued"] * 4
+    with database.read() as conn:
+        assert set(conn.execute(select(Job.group_limit)).scalars()) == {2}
+
+
+def test_a_failed_upload_is_tried_again(database, act):
+    ids = act("one", "late")
+    assert states(database, ids) == ["succeeded", "queued"]
+
+
+def test_equal_jobs_of_a_group_are_computed_once(database, executor, make_jobs):
+    ids = make_jobs(3, kind="trial.act", params={"text": "same"})
+    with database.write() as conn:
+        conn.execute(Job.__table__.update().values(seed=5))
+    executor.run("trial.act", ids)
+    executor.finishers.submit(lambda: None).result()
+    assert seen == [["same"]]
+    assert [contents(database, executor, i) for i in ids] == [["same:5"]] * 3
+
+
+def test_an_equal_earlier_result_is_reused(database, executor, act):
+    [first] = act("story")
+    [second] = act("story")
+    assert seen == [["story"]]
+    assert contents(database, executor, second) == contents(database, executor, first)
+    with database.read() as conn:
+        assert conn.execute(select(Job.reused_from).where(Job.id == second)).scalar() == first
+
+
+def test_reuse_can_be_switched_off(act):
+    act("story")
+    act("story", reuse=False)
+    assert seen == [["story"], ["story"]]
+
+
+def test_another_seed_is_another_result(act):
+    act("x", "story")
+    act("story")
+    assert seen[1] == ["story"]
+
+
+def test_text_of_a_parent_is_put_in(database, executor, act, make_jobs):
+    [parent] = act("hello")
+    ref = {"text": {"job": parent, "output": "text.txt"}}
+    [child] = make_jobs(1, kind="trial.act", params=ref, parents=(parent,), seed=9)
+    act.again(child)
+    assert contents(database, executor, child) == ["hello:0:9"]
+    with database.read() as conn:
+        made = jobs.artifacts(conn, [parent, child])
+    assert made[child][0]["parents"] == [made[parent][0]["id"]]
+
+
+def test_a_reference_to_nothing_fails_with_its_place(database, act, make_jobs):
+    [parent] = act("hello")
+    [child] = make_jobs(1, kind="trial.act", params={"text": OutputRef(job=parent, output="other.txt")})
+    act.again(child)
+    assert states(database, [child]) == ["failed"]
+    with database.read() as conn:
+        assert "text: " in conn.execute(select(Job.error).where(Job.id == child)).scalar()["message"]
+
+
+def test_another_projects_job_is_not_seen(database, act, make_jobs):
+    from db import projects
+
+    [secret] = act("secret")
+    other = database.run(lambda conn: projects.ensure(conn, "other"))
+    [thief] = make_jobs(1, kind="trial.act", params={"text": {"job": secret}}, project_id=other)
+    act.again(thief)
+    assert states(database, [thief]) == ["failed"]
+
+
+def test_forged_and_doubled_hints_change_nothing(database, executor, act, make_jobs):
+    [done] = act("one")
+    act.again(done, done, "job_" + "0" * 32)
+    [echo] = make_jobs(1, params={"text": "a job of another kind"})
+    act.again(echo)
+    assert states(database, [done, echo]) == ["succeeded", "succeeded"]
+    assert seen == [["one"]]
+
+
+def test_two_workers_given_the_same_hint_share_it(database, executor, make_jobs):
+    ids = make_jobs(6, kind="trial.act", params={"text": "race"})
+    threads = [threading.Thread(target=executor.run, args=("trial.act", ids)) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    executor.finishers.submit(lambda: None).result()
+    assert states(database, ids) == ["succeeded"] * 6
+    with database.read() as conn:
+        assert set(conn.execute(select(Job.attempt)).scalars()) == {1}
+
+
+def test_cancelled_while_running_is_not_published(database, executor, make_jobs, monkeypatch):
+    [job] = make_jobs(1, kind="trial.act", params={"text": "one"})
+    original = executor._upload
+
+    def cancel_then_upload(*args, **kwargs):
+        database.run(lambda conn: lifecycle.cancel_jobs(conn, [job]))
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(executor, "_upload", cancel_then_upload)
+    executor.run("trial.act", [job])
+    executor.finishers.submit(lambda: None).result()
+    assert states(database, [job]) == ["cancelled"]
+    with database.read() as conn:
+        assert jobs.artifacts(conn, [job]) == {}
+
+
+def test_scratch_is_empty_afterwards(executor, act):
+    act("one", "input")
+    assert list(executor.settings.scratch.iterdir()) == []
+
+
+@pytest.mark.parametrize(("error", "expected"), [(MemoryError(), "resource"), (ValueError("x"), "bug"), (InputError("x"), "input")])
+def test_classes_of_errors(error, expected):
+    assert classify(error).error_class == expected

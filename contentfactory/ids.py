@@ -9,7 +9,7 @@ import re
 import uuid_utils
 
 PREFIXES = ("proj", "batch", "job", "art", "ds", "mv", "evt", "file", "key")
-_PATTERN = re.compile(r"^(?:%s)_[0-9a-f]{32}$" % "|".join(PREFIXES))
+_PATTERN = re.compile(rf"^(?:{'|'.join(PREFIXES)})_[0-9a-f]{{32}}$")
 
 
 def new_id(prefix: str) -> str:

@@ -96,7 +96,7 @@ class Settings(BaseSettings):
     )  # fmt: skip
     upload_threads: int = Field(default=4, ge=1, le=64, description="threads of one worker that encode and upload")
     embedded_workers: Annotated[dict[str, int], NoDecode] = Field(
-        default={"text,image,audio,video": 1, "train": 1},
+        default={"text,audio": 1, "image,video": 1, "train": 1},
         description="workers that `factory up` starts: queues joined by commas, and how many processes serve them (JSON)",
     )
 

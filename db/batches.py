@@ -49,11 +49,7 @@ def find_open(conn: Connection, project_id: str, digest: str) -> str | None:
 
 
 def list_page(conn: Connection, project_id: str, *, after: str | None = None, limit: int = 20) -> Sequence[RowMapping]:
-    """Batches, newest first.
-
-    Args:
-        after: Id of the last batch of the page before.
-    """
+    """Batches, newest first; ``after`` is the id of the last batch of the page before."""
     query = select(*_COLUMNS).where(Batch.project_id == project_id).order_by(Batch.id.desc()).limit(limit)
     if after:
         query = query.where(Batch.id < after)

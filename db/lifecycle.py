@@ -10,7 +10,20 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from sqlalchemy import Connection, Select, and_, delete, func, insert, literal, or_, select, text, tuple_, update
+from sqlalchemy import (
+    Connection,
+    Select,
+    and_,
+    delete,
+    func,
+    insert,
+    literal,
+    or_,
+    select,
+    text,
+    tuple_,
+    update,
+)
 
 from contentfactory.errors import DependencyFailed
 from contentfactory.ids import new_id
@@ -205,7 +218,7 @@ def _insert_ignore(conn: Connection, table: type[Any], rows: list[dict[str, Any]
     return new
 
 
-def _add_deltas(conn: Connection, deltas: Mapping[tuple[str | None, str, str], int]) -> None:
+def _add_deltas(conn: Connection, deltas: Mapping[Any, int]) -> None:
     rows = [{"batch_id": b, "kind": k, "state": s, "n": n} for (b, k, s), n in deltas.items() if b and n]
     if rows:
         conn.execute(insert(BatchDelta), rows)
@@ -287,7 +300,8 @@ def dispatch(conn: Connection, queue: str, *, cap_s: float, max_jobs: int = 4096
         head = rows[0]
         spec = get_kind(head.kind)
         limit = min(spec.max_group, head.group_limit or spec.max_group)
-        group, rest = [], []
+        group: list[Any] = []
+        rest: list[Any] = []
         for row in rows:
             fits = row.share_key == head.share_key and row.priority == head.priority and len(group) < limit
             if fits and (row is head or len(group) < (row.group_limit or limit)):
@@ -606,11 +620,16 @@ def publish(conn: Connection, job_id: str, attempt: int, artifact: NewArtifact) 
     return True
 
 
-def drop_published(conn: Connection, job_id: str, attempt: int, names: Sequence[str]) -> int:
-    """Forget published artifacts (old checkpoints) of a job that this attempt still holds."""
+def drop_published(conn: Connection, job_id: str, attempt: int, names: Sequence[str]) -> list[str]:
+    """Forget published artifacts (old checkpoints) of a job that this attempt still holds.
+
+    Returns:
+        Keys of their objects to which no other artifact points: delete them after the commit.
+    """
     held = select(Job.id).where(Job.id == job_id, Job.attempt == attempt, Job.state == JobState.RUNNING)
-    statement = delete(Artifact).where(Artifact.job_id.in_(held), Artifact.name.in_(list(names)))
-    return conn.execute(statement).rowcount
+    statement = delete(Artifact).where(Artifact.job_id.in_(held), Artifact.name.in_(list(names))).returning(Artifact.object_key)
+    keys = set(conn.execute(statement).scalars())
+    return sorted(keys - set(conn.execute(select(Artifact.object_key).where(Artifact.object_key.in_(keys))).scalars()))
 
 
 @dataclass(frozen=True)
@@ -994,11 +1013,12 @@ def pause(conn: Connection, what: str, name: str, paused: bool) -> bool:
         statement = insert_for(conn, Queue).values(name=name, paused=paused)
         conn.execute(statement.on_conflict_do_update(index_elements=[Queue.name], set_={"paused": paused}))
         return True
-    table = {"project": Project, "batch": Batch}[what]
+    table: Any = {"project": Project, "batch": Batch}[what]
     hit = conn.execute(update(table).where(table.id == name).values(paused=paused)).rowcount
     if hit:
-        keys = {"project_id": name} if what == "project" else {"batch_id": name}
-        add_event(conn, f"{what}.{'paused' if paused else 'resumed'}", **keys)
+        owner = name if what == "project" else None
+        batch_id = name if what == "batch" else None
+        add_event(conn, f"{what}.{'paused' if paused else 'resumed'}", project_id=owner, batch_id=batch_id)
     return bool(hit)
 
 

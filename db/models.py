@@ -4,7 +4,7 @@ Times are unix seconds (double precision) by the database's own clock. Ids are t
 columns hold what is read back whole and never searched.
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
 from sqlalchemy import (
     JSON,
@@ -38,7 +38,7 @@ class Base(DeclarativeBase):
             "pk": "pk_%(table_name)s",
         }
     )
-    type_annotation_map = {dict[str, Any]: JSON(), list[Any]: JSON(), float: Double(), int: Integer()}
+    type_annotation_map: ClassVar[dict[Any, Any]] = {dict[str, Any]: JSON(), list[Any]: JSON(), float: Double(), int: Integer()}
 
 
 class Project(Base):

@@ -90,7 +90,8 @@ class Database:
         Raises:
             ServiceUnavailable: If the database cannot be reached or stays locked.
         """
-        with _mapped(), self.engine.connect().execution_options(factory_begin="IMMEDIATE") as connection:
+        with _mapped(), self.engine.connect() as connection:
+            connection.execution_options(factory_begin="IMMEDIATE")
             with connection.begin():
                 yield connection
 

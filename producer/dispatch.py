@@ -1,6 +1,7 @@
 """Dispatch: queued rows become hints on the broker. Anybody may run it at any time; SQL decides who gets what."""
 
 from collections.abc import Iterable
+from functools import partial
 
 import structlog
 
@@ -42,13 +43,13 @@ class Dispatcher:
         sent = 0
         for queue in queues:
             while True:
-                hints = self.database.run(lambda conn, q=queue: lifecycle.dispatch(conn, q, cap_s=self.settings.inflight_s))
+                hints = self.database.run(partial(lifecycle.dispatch, queue=queue, cap_s=self.settings.inflight_s))
                 if not hints:
                     break
                 unsent = self.publisher.send(hints)
                 if unsent:
                     ids = [i for hint in unsent for i in hint.ids]
-                    self.database.run(lambda conn, i=ids: lifecycle.undispatch(conn, i))
+                    self.database.run(partial(lifecycle.undispatch, ids=ids))
                     log.warning("broker_unavailable", action="undispatch", queue=queue, jobs=len(ids))
                     return sent
                 sent += sum(len(hint.ids) for hint in hints)

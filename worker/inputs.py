@@ -12,7 +12,7 @@ from typing import Any
 from sqlalchemy import RowMapping
 
 from contentfactory.errors import FactoryError, InputError
-from contentfactory.jobs.spec import OutputRef, Params, iter_inputs
+from contentfactory.jobs.spec import OutputRef, Params, iter_inputs, put_at
 from contentfactory.settings import Settings
 from db import jobs
 from db.lifecycle import Claimed
@@ -165,8 +165,5 @@ def _fill(params: Params, texts: Mapping[str, str]) -> Params:
     """Put texts in the place of their references (by dotted field) and validate again: limits hold for them, too."""
     data = params.model_dump(mode="json")
     for field, text in texts.items():
-        spot, (*way, last) = data, field.split(".")
-        for part in way:
-            spot = spot[int(part)] if isinstance(spot, list) else spot[part]
-        spot[int(last) if isinstance(spot, list) else last] = text
+        put_at(data, field, text)
     return params.spec.validate(data)

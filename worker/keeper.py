@@ -260,7 +260,8 @@ class _Keeper:
         lost, cancelled = answer.lost - self.told, answer.cancelled - self.told
         if lost or cancelled:
             self.told |= lost | cancelled
-            print(json.dumps({"lost": sorted(lost), "cancelled": sorted(cancelled)}), flush=True)
+            sys.stdout.write(json.dumps({"lost": sorted(lost), "cancelled": sorted(cancelled)}) + "\n")
+            sys.stdout.flush()
         for key in answer.lost:
             # Renewing what is not ours any more would only be refused again.
             if key in self.held:

@@ -36,7 +36,15 @@ def _characters(params: "AudioSpeech") -> int:
 @kind(
     "audio.speech",
     queue="audio",
-    outputs=("audio/wav", "audio/flac", "audio/mpeg", "audio/ogg", "audio/aac", "audio/pcm", "application/json"),
+    outputs=(
+        "audio/wav",
+        "audio/flac",
+        "audio/mpeg",
+        "audio/ogg",
+        "audio/aac",
+        "audio/pcm",
+        "application/json",
+    ),
     max_group=16,
     wait_s=0.05,
     time_limit_s=900,
@@ -56,14 +64,24 @@ class AudioSpeech(Params):
         default=None, max_length=100, pattern=r"^[\w.-]+$",
         description="voice or speaker of the model, by name; the model's own where left out",
     )  # fmt: skip
-    speed: float = Field(default=1.0, ge=0.25, le=4.0, description="pace; 1 is the voice's own, 2 twice as fast")
-    language: LanguageTag | None = Field(default=None, description="BCP 47 tag of the text; the voice's own where left out")
+    speed: float = Field(
+        default=1.0, ge=0.25, le=4.0, description="pace; 1 is the voice's own, 2 twice as fast"
+    )
+    language: LanguageTag | None = Field(
+        default=None, description="BCP 47 tag of the text; the voice's own where left out"
+    )
     format: AudioFormat = Field(default="wav", description="file format")
     sentence_pause_s: float = Field(
-        default=0.32, ge=0, le=5, description="silence between sentences at speed 1, seconds; twice that between paragraphs"
+        default=0.32,
+        ge=0,
+        le=5,
+        description="silence between sentences at speed 1, seconds; twice that between paragraphs",
     )
     loudness_lufs: float | None = Field(
-        default=-19.0, ge=-40, le=-10, description="loudness of the whole, LUFS; null leaves it as the voice gives it"
+        default=-19.0,
+        ge=-40,
+        le=-10,
+        description="loudness of the whole, LUFS; null leaves it as the voice gives it",
     )
     model: ModelName | None = Field(default=None, description="voice model; hibari-heart where left out")
 
@@ -85,19 +103,29 @@ class AudioMusic(Params):
     soundfont of yours. Writes ``music.<format>`` first and ``music.mid`` beside it.
     """
 
-    mood: Mood = Field(default="calm", description="character: sets scale, chords, tempo, instruments and drums")
+    mood: Mood = Field(
+        default="calm", description="character: sets scale, chords, tempo, instruments and drums"
+    )
     duration_s: float = Field(default=30.0, ge=2, le=600, description="length, seconds; kept to the sample")
-    tempo_bpm: float | None = Field(default=None, ge=40, le=220, description="beats a minute; the mood's own where left out")
+    tempo_bpm: float | None = Field(
+        default=None, ge=40, le=220, description="beats a minute; the mood's own where left out"
+    )
     key: str | None = Field(
-        default=None, pattern=MUSICAL_KEY, description="for example 'C', 'F# minor', 'Bb major'; chosen by mood and seed where left out"
+        default=None,
+        pattern=MUSICAL_KEY,
+        description="for example 'C', 'F# minor', 'Bb major'; chosen by mood and seed where left out",
     )
     instruments: Annotated[list[Instrument], Field(min_length=1, max_length=8)] | None = Field(
         default=None, description="which instruments may play; the mood's own where left out"
     )
     format: AudioFormat = Field(default="wav", description="file format")
-    sample_rate: Literal[22050, 24000, 32000, 44100, 48000] = Field(default=44100, description="samples a second, Hz")
+    sample_rate: Literal[22050, 24000, 32000, 44100, 48000] = Field(
+        default=44100, description="samples a second, Hz"
+    )
     loudness_lufs: float = Field(default=-16.0, ge=-40, le=-10, description="loudness of the whole, LUFS")
-    model: ModelName | None = Field(default=None, description="synthesiser or soundfont; studio-synth where left out")
+    model: ModelName | None = Field(
+        default=None, description="synthesiser or soundfont; studio-synth where left out"
+    )
 
 
 TranscriptFormat = Literal["text", "srt", "vtt"]
@@ -122,13 +150,20 @@ class AudioTranscribe(Params):
 
     audio: AudioInput = Field(description="recording: audio, or a video with sound; up to 2 hours")
     language: LanguageTag | None = Field(
-        default=None, description="BCP 47 tag of the speech; detected where left out, by models that know several"
+        default=None,
+        description="BCP 47 tag of the speech; detected where left out, by models that know several",
     )
     format: TranscriptFormat = Field(default="text", description="form of the transcript")
-    reference: Text | None = Field(default=None, description="what should have been said: gives the word error rate")
-    prompt: str | None = Field(default=None, max_length=1000, description="names and terms to expect, in a few words")
+    reference: Text | None = Field(
+        default=None, description="what should have been said: gives the word error rate"
+    )
+    prompt: str | None = Field(
+        default=None, max_length=1000, description="names and terms to expect, in a few words"
+    )
     beam_size: int = Field(default=5, ge=1, le=5, description="hypotheses kept while decoding; 1 is fastest")
-    skip_silence: bool = Field(default=False, description="leave out stretches without speech before transcribing")
+    skip_silence: bool = Field(
+        default=False, description="leave out stretches without speech before transcribing"
+    )
     model: ModelName | None = Field(default=None, description="recogniser; whisper-tiny.en where left out")
 
 

@@ -363,6 +363,14 @@ def iter_inputs(value: Any, path: str = "") -> Iterator[tuple[str, Literal["text
                 yield at, "text" if isinstance(mark, TextMarker) else mark.modality, one
 
 
+def put_at(data: Any, path: str, value: Any) -> None:
+    """Put a value at a dotted path inside JSON values, as `iter_inputs` names it."""
+    *way, last = path.split(".")
+    for part in way:
+        data = data[int(part)] if isinstance(data, list) else data[part]
+    data[int(last) if isinstance(data, list) else last] = value
+
+
 def _annotation_marks(annotation: Any) -> list[Any]:
     """Markers hidden inside ``X | None`` and ``list[X]``."""
     marks: list[Any] = list(getattr(annotation, "__metadata__", ()))
@@ -379,5 +387,5 @@ def canonical(params: Params) -> str:
 __all__ = [
     "MAX_TEXT", "QUEUES", "AnyInput", "AudioInput", "ImageInput", "KindSpec", "LanguageTag", "Media", "ModelName",
     "OutputRef", "Params", "RetryPolicy", "Text", "VideoInput", "canonical", "describe_errors",
-    "get_kind", "iter_inputs", "iter_refs", "kind", "load_kinds",
+    "get_kind", "iter_inputs", "iter_refs", "kind", "load_kinds", "put_at",
 ]  # fmt: skip

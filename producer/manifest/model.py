@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from contentfactory.errors import InputError
-from contentfactory.jobs.spec import KindSpec, Params
+from contentfactory.jobs.spec import KindSpec, Params, put_at
 
 MAX_LINE_BYTES = 10_000_000
 """Longest line of a text source, bytes."""
@@ -183,11 +183,7 @@ class JobLine:
         """
         params = copy.deepcopy(self.params) if self.files else self.params
         for one in self.files:
-            *way, last = one.field.split(".")
-            spot: Any = params
-            for part in way:
-                spot = spot[int(part)] if isinstance(spot, list) else spot[part]
-            spot[int(last) if isinstance(spot, list) else last] = uploaded[one.address]
+            put_at(params, one.field, uploaded[one.address])
         return params
 
 

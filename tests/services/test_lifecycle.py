@@ -137,7 +137,7 @@ def test_claim_race_has_one_winner(database, make_jobs):
         thread.start()
     for thread in threads:
         thread.join()
-    assert sorted(i for _, i in won) == sorted(set(i for _, i in won))
+    assert sorted(i for _, i in won) == sorted({i for _, i in won})
     left = [i for i in ids if state_of(database, i) == "queued"]
     assert len(won) + len(left) == 20
 

@@ -1,67 +1,119 @@
-"""Completeness: every kind has a runner, a page and a model that can serve it; every runner has a kind."""
+"""Every kind is whole: a runner, a page in the docs, a queue, limits on its fields; and nothing is left over."""
 
-import subprocess
-import sys
-from importlib.metadata import distribution
+import json
 from pathlib import Path
 
+import pytest
+from pydantic import Field
+
 from contentfactory.catalogue import load_catalogue
-from contentfactory.jobs.spec import load_kinds
+from contentfactory.errors import InputError
+from contentfactory.jobs import spec as specs
+from contentfactory.jobs.spec import (
+    OutputRef,
+    Params,
+    Text,
+    canonical,
+    get_kind,
+    iter_inputs,
+    iter_refs,
+    kind,
+    load_kinds,
+)
 from worker.runners import MODULES, get_runner
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).parents[2]
+KINDS = sorted(load_kinds())
 
 
-def test_every_kind_has_a_runner_and_every_runner_a_kind() -> None:
-    kinds = load_kinds()
-    problems = [f"runner of {name} has no kind" for name in MODULES if name not in kinds]
-    for name in kinds:
-        try:
-            get_runner(name)
-        except LookupError as error:
-            problems.append(str(error))
-    assert problems == []
+@pytest.mark.parametrize("name", KINDS)
+def test_kind_has_a_runner(name):
+    assert name in MODULES, f"kind {name} has no runner: bind one with @runs and name its module in worker.runners.MODULES"
+    assert callable(get_runner(name))
 
 
-def test_every_default_model_is_known_and_serves_its_kind() -> None:
-    catalogue = load_catalogue()
-    problems = []
-    for name, spec in load_kinds().items():
-        if spec.default_model is None:
-            continue
-        model = catalogue.get(spec.default_model)
-        if model is None:
-            problems.append(f"{name}: default model {spec.default_model} is not in the catalogue")
-        elif spec.task not in model.tasks:
-            problems.append(f"{name}: default model {model.name} serves {model.tasks}, not {spec.task}")
-    assert problems == []
+def test_no_runner_without_a_kind():
+    assert sorted(set(MODULES) - set(KINDS)) == [], "runners without a kind"
 
 
-def test_every_field_has_help() -> None:
-    missing = [
-        f"{name}.{field}"
-        for name, spec in load_kinds().items()
-        for field, info in spec.params.model_fields.items()
-        if not info.description and field != "model"
-    ]
-    assert missing == []
+@pytest.mark.parametrize("name", KINDS)
+def test_kind_is_in_the_docs(name):
+    page = (ROOT / "docs" / "reference" / "kinds.md").read_text()
+    assert f"## {name}\n" in page, f"docs/reference/kinds.md lacks {name}: write it with `make docs`"
 
 
-def test_every_model_package_is_pinned_and_its_files_have_a_digest() -> None:
-    lines = (ROOT / "requirements/models.txt").read_text() + (ROOT / "constraints.txt").read_text()
-    pins = {line.split()[0].lower() for line in lines.splitlines() if line}
-    problems = []
-    for model in load_catalogue().values():
-        if model.distribution:
-            wanted = f"{model.distribution}=={distribution(model.distribution).version}"
-            if wanted.lower() not in pins:
-                problems.append(f"{model.name}: {wanted} is pinned nowhere")
-        problems += [f"{model.name}: file {role} has no SHA-256" for role in model.files if role not in model.sha256 and role != "folder"]
-        if not model.licence:
-            problems.append(f"{model.name}: no licence")
-    assert problems == []
+@pytest.mark.parametrize("name", KINDS)
+def test_fields_explain_themselves(name):
+    spec = get_kind(name)
+    silent = [f for f, info in spec.params.model_fields.items() if not info.description and f != "model" and not _inherits(info)]
+    assert silent == [], f"{name}: fields without a description"
+    assert spec.summary.endswith(".")
+    json.dumps(spec.params.model_json_schema())
 
 
-def test_the_reference_is_up_to_date() -> None:
-    done = subprocess.run([sys.executable, ROOT / "scripts" / "reference.py", "--check"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+def _inherits(info):
+    return "description" in json.dumps(str(info.metadata)) or "description" in str(info.annotation)
+
+
+@pytest.mark.parametrize("name", [n for n in KINDS if get_kind(n).default_model])
+def test_default_models_exist_and_can_do_it(name):
+    spec = get_kind(name)
+    model = load_catalogue()[spec.default_model]
+    assert spec.name in model.tasks or spec.task in model.tasks
+
+
+@pytest.mark.parametrize("model", sorted(load_catalogue()))
+def test_models_are_pinned_and_licensed(model):
+    entry = load_catalogue()[model]
+    assert entry.licence
+    assert "GPL" not in entry.licence
+    assert set(entry.sha256) <= set(entry.files)
+    assert all(len(v) == 64 for v in entry.sha256.values())
+
+
+def test_wrong_names_are_told_with_close_ones():
+    with pytest.raises(InputError, match=r"did you mean text\.embed"):
+        get_kind("text.embde")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"queue": "nowhere"}, "queue 'nowhere' is unknown"),
+        ({"outputs": ()}, "outputs is empty"),
+        ({"max_group": 0}, "max_group is 0"),
+        ({"wait_s": 60}, "wait_s is 60"),
+        ({"group_by": ("size",)}, "unknown fields"),
+        ({"name": "one"}, "modality.verb"),
+        ({"name": "text.echo"}, "declared twice"),
+    ],
+)
+def test_bad_declarations_are_refused(options, words):
+    class Trial(Params):
+        """A trial."""
+
+        text: Text = Field(description="x")
+
+    with pytest.raises(ValueError, match=words):
+        kind(**{"name": "trial.bad", "queue": "text", "outputs": ("text/plain",), **options})(Trial)
+    assert "trial.bad" not in specs._REGISTRY
+
+
+def test_params_name_every_bad_field():
+    with pytest.raises(InputError) as caught:
+        get_kind("text.echo").validate({"text": 3, "seconds": -1, "colour": "red"})
+    fields = {e["field"] for e in caught.value.detail["errors"]}
+    assert fields == {"text", "seconds", "colour"}
+    assert "-1" in caught.value.message
+
+
+def test_references_are_found_with_their_place():
+    params = get_kind("text.echo").validate({"text": {"job": "story", "output": "text.txt"}})
+    assert list(iter_refs(params)) == [("text", OutputRef(job="story", output="text.txt"))]
+    assert [(f, m) for f, m, _ in iter_inputs(params)] == [("text", "text")]
+
+
+def test_equal_params_have_equal_text():
+    one = get_kind("text.echo").validate({"text": "é", "seconds": 0})
+    two = get_kind("text.echo").validate({"seconds": 0.0, "text": "é"})
+    assert canonical(one) == canonical(two)

@@ -38,7 +38,7 @@ class Request:
     generator: torch.Generator
 
 
-class Stopped(Exception):  # noqa: N818 - a signal and no fault
+class Stopped(Exception):
     """Every picture of the batch was given up."""
 
 
@@ -117,7 +117,12 @@ class DiffusersPainter:
 
     @property
     def _grain(self) -> int:
-        """Sizes are multiples of this, pixels."""
+        """Sizes are multiples of this, pixels: two latent cells, since transformers take them in patches."""
+        return max(8, 2 * self._cell)
+
+    @property
+    def _cell(self) -> int:
+        """Pixels of one latent cell."""
         return int(getattr(self.pipeline, "vae_scale_factor", 8) or 8)
 
     def native(self, width: int, height: int) -> tuple[int, int]:
@@ -126,7 +131,7 @@ class DiffusersPainter:
         sample = getattr(getattr(core, "config", None), "sample_size", None)
         sample = sample[0] if isinstance(sample, list | tuple) else sample
         grain = self._grain
-        side = int(sample or 64) * grain
+        side = int(sample or 64) * self._cell
         # Up to a quarter more than a model has learnt does no harm and spares the upscaler.
         scale = min(1.0, (side * 1.25) / max(width, height))
         return tuple(max(grain, round(length * scale / grain) * grain) for length in (width, height))  # type: ignore[return-value]
@@ -193,8 +198,11 @@ class DiffusersPainter:
                 call["callback_on_step_end"] = after
             if not on_step(start / len(requests)):
                 raise Stopped
-            with torch.inference_mode():
-                made = self.pipeline(**call)
+            try:
+                with torch.inference_mode():
+                    made = self.pipeline(**call)
+            except (ValueError, TypeError) as error:
+                raise InputError(f"the model does not take these params: {str(error)[:300]}") from error
             if stopped:
                 raise Stopped
             flagged = getattr(made, "nsfw_content_detected", None) or [False] * len(chunk)
@@ -264,7 +272,7 @@ def _load_diffusers(model: ResolvedModel, device: str) -> DiffusersPainter:
     more = {key: str(model.options[key]) for key in ("revision", "variant") if model.options.get(key)}
     try:
         pipeline = diffusers.AutoPipelineForText2Image.from_pretrained(
-            find_source(model), torch_dtype=pick_dtype(model, device), use_safetensors=True, trust_remote_code=False, **more
+            find_source(model), dtype=pick_dtype(model, device), use_safetensors=True, trust_remote_code=False, **more
         )
     except (OSError, ValueError, KeyError, ImportError, TypeError, AttributeError, RuntimeError) as error:
         if isinstance(error, torch.cuda.OutOfMemoryError):

@@ -62,7 +62,9 @@ def load_voice(model: ResolvedModel) -> Voice:
         return HibariVoice.load(model)
     if model.engine == "transformers-tts":
         return VitsVoice.load(model)
-    raise ModelUnavailable(f"model {model.name}: engine {model.engine!r} does not speak; allowed: hibari, transformers-tts")
+    raise ModelUnavailable(
+        f"model {model.name}: engine {model.engine!r} does not speak; allowed: hibari, transformers-tts"
+    )
 
 
 @dataclass
@@ -86,7 +88,9 @@ class HibariVoice:
             from hibari import Hibari
             from hibari.g2p import G2P
         except ImportError:
-            raise ModelUnavailable(f"model {model.name}: the package hibari-tts is not installed; run `make setup`") from None
+            raise ModelUnavailable(
+                f"model {model.name}: the package hibari-tts is not installed; run `make setup`"
+            ) from None
         path = model.files.get("weights") or _only(model, "*.onnx")
         language = str(model.options.get("language", "en-US"))
         try:
@@ -94,10 +98,14 @@ class HibariVoice:
         except MemoryError:
             raise
         except Exception as error:
-            raise ModelUnavailable(f"model {model.name}: {path.name} is not a hibari voice ({str(error)[:200]})") from None
+            raise ModelUnavailable(
+                f"model {model.name}: {path.name} is not a hibari voice ({str(error)[:200]})"
+            ) from None
         wanted = {"ids", "speed"}
         if {i.name for i in tts.sess.get_inputs()} != wanted:
-            raise ModelUnavailable(f"model {model.name}: {path.name} is not a hibari voice; its inputs must be ids and speed")
+            raise ModelUnavailable(
+                f"model {model.name}: {path.name} is not a hibari voice; its inputs must be ids and speed"
+            )
         return cls(tts, language, (str(model.options.get("voice", model.name)),))
 
     def say(self, text: str, *, voice: str, speed: float, seed: int) -> Samples:
@@ -105,7 +113,9 @@ class HibariVoice:
         try:
             phonemes = self.tts.g2p(text)
         except (LookupError, TypeError, ValueError, AttributeError) as error:
-            raise InputError(f"text cannot be read aloud near {text[:60]!r} ({type(error).__name__})", param="text") from None
+            raise InputError(
+                f"text cannot be read aloud near {text[:60]!r} ({type(error).__name__})", param="text"
+            ) from None
         if not any(c.isalpha() for c in phonemes or ""):
             return np.zeros(0, np.float32)
         rng = np.random.default_rng(seed)
@@ -134,22 +144,35 @@ class VitsVoice:
     @classmethod
     def load(cls, model: ResolvedModel) -> "VitsVoice":
         """Load from ``files['folder']``. Option ``language``: BCP 47 tag; the tokenizer's own where left out."""
+        import transformers
         from transformers import VitsModel, VitsTokenizer
 
+        transformers.utils.logging.disable_progress_bar()
         folder = model.files.get("folder")
         if folder is None or not folder.is_dir():
-            raise ModelUnavailable(f"model {model.name}: engine transformers-tts needs a folder with config.json and safetensors")
+            raise ModelUnavailable(
+                f"model {model.name}: engine transformers-tts needs a folder with config.json and safetensors"
+            )
         try:
             network = VitsModel.from_pretrained(folder, local_files_only=True, use_safetensors=True).eval()
             tokenizer = VitsTokenizer.from_pretrained(folder, local_files_only=True)
         except MemoryError:
             raise
         except Exception as error:
-            raise ModelUnavailable(f"model {model.name}: {folder.name} is not a VITS voice ({str(error)[:200]})") from None
+            raise ModelUnavailable(
+                f"model {model.name}: {folder.name} is not a VITS voice ({str(error)[:200]})"
+            ) from None
         count = int(network.config.num_speakers or 1)
         names = tuple(str(n) for n in range(count)) if count > 1 else ("default",)
         language = str(model.options.get("language") or getattr(tokenizer, "language", None) or "und")
-        return cls(network, tokenizer, {"eng": "en"}.get(language, language), names, int(network.config.sampling_rate), model.name)
+        return cls(
+            network,
+            tokenizer,
+            {"eng": "en"}.get(language, language),
+            names,
+            int(network.config.sampling_rate),
+            model.name,
+        )
 
     def say(self, text: str, *, voice: str, speed: float, seed: int) -> Samples:
         """See `Voice.say`."""
@@ -157,12 +180,17 @@ class VitsVoice:
 
         if any(c.isdigit() for c in text) and not any(t.isdigit() for t in self.tokenizer.get_vocab()):
             if not self.language.startswith("en"):
-                raise InputError(f"model {self.name} cannot read digits in {text[:60]!r}; write numbers in words", param="text")
+                raise InputError(
+                    f"model {self.name} cannot read digits in {text[:60]!r}; write numbers in words",
+                    param="text",
+                )
             text = _digits_in_words(text)
         try:
             encoded = self.tokenizer(text, return_tensors="pt")
         except (ImportError, ValueError, KeyError) as error:
-            raise InputError(f"text cannot be read by model {self.name} ({str(error)[:120]})", param="text") from None
+            raise InputError(
+                f"text cannot be read by model {self.name} ({str(error)[:120]})", param="text"
+            ) from None
         if encoded["input_ids"].shape[1] < 3:
             return np.zeros(0, np.float32)
         # The network draws from torch's global generator; forking it keeps what runs beside us out.
@@ -180,7 +208,9 @@ def _digits_in_words(text: str) -> str:
     def words(match: re.Match[str]) -> str:
         whole, _, decimals = match[0].replace(",", "").partition(".")
         said = str(numbers.cardinal(int(whole)))
-        return said + (" point " + " ".join(str(numbers.cardinal(int(d))) for d in decimals) if decimals else "")
+        return said + (
+            " point " + " ".join(str(numbers.cardinal(int(d))) for d in decimals) if decimals else ""
+        )
 
     return re.sub(r"\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d{1,15}(?:\.\d+)?", words, text)
 
@@ -189,7 +219,9 @@ def _only(model: ResolvedModel, pattern: str) -> Path:
     folder = model.files.get("folder")
     found = sorted(folder.glob(pattern)) if folder is not None and folder.is_dir() else []
     if len(found) != 1:
-        raise ModelUnavailable(f"model {model.name}: wanted one {pattern} file in its folder, found {len(found)}")
+        raise ModelUnavailable(
+            f"model {model.name}: wanted one {pattern} file in its folder, found {len(found)}"
+        )
     return found[0]
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from scipy import ndimage, signal
+from scipy import signal
 
 from contentfactory.errors import ModelUnavailable
 from worker.engines.files import ResolvedModel
@@ -98,7 +98,14 @@ def _time(seconds: float, rate: int) -> npt.NDArray[np.float64]:
     return np.arange(max(1, round(seconds * rate))) / rate
 
 
-def _envelope(t: npt.NDArray[np.float64], held: float, attack: float, release: float, sustain: float = 1.0, decay: float = 0.1) -> Any:
+def _envelope(
+    t: npt.NDArray[np.float64],
+    held: float,
+    attack: float,
+    release: float,
+    sustain: float = 1.0,
+    decay: float = 0.1,
+) -> Any:
     up = np.clip(t / attack, 0, 1)
     shape = up * (sustain + (1 - sustain) * np.exp(-np.maximum(t - attack, 0) / decay))
     return shape * np.where(t > held, np.exp(-np.maximum(t - held, 0) / (release / 3)), 1.0)
@@ -125,7 +132,10 @@ def _piano(f: float, held: float, v: float, rate: int) -> Any:
         strength = k**-soft * (0.35 + abs(math.sin(math.pi * k * 0.125)))  # struck at an eighth of the string
         fall = np.exp(-t * (0.7 + 0.34 * k) / (ring / 3.2))
         slow = np.exp(-t * (0.22 + 0.1 * k) / (ring / 3.2))
-        out += strength * ((0.75 * fall + 0.25 * slow) * np.sin(2 * np.pi * g * t + 0.3 * k) + 0.3 * slow * np.sin(2 * np.pi * g * 1.0007 * t + k))
+        out += strength * (
+            (0.75 * fall + 0.25 * slow) * np.sin(2 * np.pi * g * t + 0.3 * k)
+            + 0.3 * slow * np.sin(2 * np.pi * g * 1.0007 * t + k)
+        )
     knock = _noise(t.size, int(f)) * np.exp(-t * 130)
     out = out * np.clip(t / 0.003, 0, 1) + signal.lfilter([0.12], [1, -0.88], knock) * 0.5 * v
     return out * np.where(t > held, np.exp(-np.maximum(t - held, 0) / 0.09), 1.0) * 0.62
@@ -134,17 +144,37 @@ def _piano(f: float, held: float, v: float, rate: int) -> Any:
 def _electric_piano(f: float, held: float, v: float, rate: int) -> Any:
     t = _time(min(held, 5.0) + 0.4, rate)
     body = np.sin(2 * np.pi * f * t + (0.9 + 1.1 * v) * np.exp(-t * 2.6) * np.sin(2 * np.pi * f * t))
-    tine = np.sin(2 * np.pi * f * t + 0.5 * v * np.exp(-t * 9) * np.sin(2 * np.pi * min(14 * f, 0.4 * rate) * t))
+    tine = np.sin(
+        2 * np.pi * f * t + 0.5 * v * np.exp(-t * 9) * np.sin(2 * np.pi * min(14 * f, 0.4 * rate) * t)
+    )
     wobble = 1 + 0.1 * np.sin(2 * np.pi * 4.6 * t)
-    return (0.62 * body + 0.38 * tine) * np.exp(-t * (0.55 + f / 900)) * _envelope(t, held, 0.004, 0.25) * wobble * 0.8
+    return (
+        (0.62 * body + 0.38 * tine)
+        * np.exp(-t * (0.55 + f / 900))
+        * _envelope(t, held, 0.004, 0.25)
+        * wobble
+        * 0.8
+    )
 
 
 def _bell(f: float, held: float, v: float, rate: int) -> Any:
     t = _time(3.6, rate)
     out = np.zeros(t.size)
-    for ratio, strength, fall in ((1, 1, 1.0), (2.0, 0.5, 1.5), (3.01, 0.3, 2.2), (4.16, 0.16, 3.2), (5.43, 0.1, 4.6), (0.5, 0.12, 0.9)):
+    for ratio, strength, fall in (
+        (1, 1, 1.0),
+        (2.0, 0.5, 1.5),
+        (3.01, 0.3, 2.2),
+        (4.16, 0.16, 3.2),
+        (5.43, 0.1, 4.6),
+        (0.5, 0.12, 0.9),
+    ):
         if f * ratio < 0.45 * rate:
-            out += strength * (0.5 + 0.5 * v) ** (ratio - 1) * np.exp(-t * fall * 1.25) * np.sin(2 * np.pi * f * ratio * t)
+            out += (
+                strength
+                * (0.5 + 0.5 * v) ** (ratio - 1)
+                * np.exp(-t * fall * 1.25)
+                * np.sin(2 * np.pi * f * ratio * t)
+            )
     return out * np.clip(t / 0.004, 0, 1) * np.clip((3.6 - t) / 0.4, 0, 1) * 0.5
 
 
@@ -173,7 +203,9 @@ def _string(f: float, seconds: float, v: float, rate: int, ring: float, bright: 
     return np.tanh(out * (0.3 / level))
 
 
-def _plucked(ring: float, bright: float, place: float, release: float, body: float) -> Callable[[float, float, float, int], Any]:
+def _plucked(
+    ring: float, bright: float, place: float, release: float, body: float
+) -> Callable[[float, float, float, int], Any]:
     def play(f: float, held: float, v: float, rate: int) -> Any:
         seconds = min(held + release * 1.6, ring)
         t = _time(seconds, rate)
@@ -189,7 +221,17 @@ def _plucked(ring: float, bright: float, place: float, release: float, body: flo
     return play
 
 
-def _sweet(f: float, held: float, rate: int, release: float, most: int, slope: Any, voices: tuple[float, ...], attack: float, vibrato: float) -> Any:
+def _sweet(
+    f: float,
+    held: float,
+    rate: int,
+    release: float,
+    most: int,
+    slope: Any,
+    voices: tuple[float, ...],
+    attack: float,
+    vibrato: float,
+) -> Any:
     """Several slightly detuned voices of falling partials; ``slope(k, t)`` is the strength of partial k over time."""
     t = _time(held + release, rate)
     out = np.zeros(t.size, np.float32)
@@ -197,7 +239,9 @@ def _sweet(f: float, held: float, rate: int, release: float, most: int, slope: A
     for number, cents in enumerate(voices):
         phase = 2 * np.pi * f * 2 ** (cents / 1200) * t
         if vibrato:
-            swing = np.clip((t - 0.25) / 0.5, 0, 1) * np.sin(2 * np.pi * (5.1 + 0.31 * number) * t + number * 2.1)
+            swing = np.clip((t - 0.25) / 0.5, 0, 1) * np.sin(
+                2 * np.pi * (5.1 + 0.31 * number) * t + number * 2.1
+            )
             phase += 2 * np.pi * f * vibrato * np.cumsum(swing) / rate
         phase += number
         # Multiples of one sine come from a recurrence: much cheaper than a sine for each partial.
@@ -211,7 +255,17 @@ def _sweet(f: float, held: float, rate: int, release: float, most: int, slope: A
 
 def _strings(f: float, held: float, v: float, rate: int) -> Any:
     attack = min(0.16, held * 0.35 + 0.02) * (1.25 - 0.5 * v)
-    wave = _sweet(f, held, rate, 0.5, 16, lambda k, t: k**-1.25 * math.exp(-k * f / (2600 + 3600 * v)), (-7, 0, 6.5), attack, 0.0026)
+    wave = _sweet(
+        f,
+        held,
+        rate,
+        0.5,
+        16,
+        lambda k, t: k**-1.25 * math.exp(-k * f / (2600 + 3600 * v)),
+        (-7, 0, 6.5),
+        attack,
+        0.0026,
+    )
     return wave * 0.34
 
 
@@ -251,7 +305,11 @@ def _pluck(f: float, held: float, v: float, rate: int) -> Any:
 
 def _lead(f: float, held: float, v: float, rate: int) -> Any:
     def slope(k: int, t: Any) -> Any:
-        return (1.0 if k % 2 else 0.35) * k**-1.25 * np.exp(-k * f / (2200 + 1800 * v) - 0.12 * k * np.minimum(t, 1.5))
+        return (
+            (1.0 if k % 2 else 0.35)
+            * k**-1.25
+            * np.exp(-k * f / (2200 + 1800 * v) - 0.12 * k * np.minimum(t, 1.5))
+        )
 
     return _sweet(f, held, rate, 0.18, 11, slope, (-4.5, 4.5), 0.015, 0.0034) * 0.42
 
@@ -279,7 +337,20 @@ INSTRUMENTS: dict[str, Callable[[float, float, float, int], Any]] = {
 }  # fmt: skip
 """Sound of each pitched instrument."""
 
-KICK, RIM, SNARE, CLAP, CLOSED_HAT, OPEN_HAT, LOW_TOM, MID_TOM, CRASH, RIDE, SHAKER, TIMPANI = 36, 37, 38, 39, 42, 46, 45, 47, 49, 51, 70, 41
+KICK, RIM, SNARE, CLAP, CLOSED_HAT, OPEN_HAT, LOW_TOM, MID_TOM, CRASH, RIDE, SHAKER, TIMPANI = (
+    36,
+    37,
+    38,
+    39,
+    42,
+    46,
+    45,
+    47,
+    49,
+    51,
+    70,
+    41,
+)
 
 
 def _high(wave: Any, cut: float, rate: int) -> Any:
@@ -287,7 +358,9 @@ def _high(wave: Any, cut: float, rate: int) -> Any:
 
 
 def _band(wave: Any, low: float, high: float, rate: int) -> Any:
-    return signal.sosfilt(signal.butter(2, [low, min(high, 0.45 * rate)], "band", fs=rate, output="sos"), wave)
+    return signal.sosfilt(
+        signal.butter(2, [low, min(high, 0.45 * rate)], "band", fs=rate, output="sos"), wave
+    )
 
 
 def _swept(t: Any, start: float, end: float, fall: float) -> Any:
@@ -303,18 +376,28 @@ def _drum(key: int, v: float, rate: int) -> Any:
     if key == SNARE:
         t = _time(0.32, rate)
         wires = _band(_noise(t.size, 2), 1400, 9000, rate) * np.exp(-t * 17)
-        return 0.5 * (_swept(t, 260, 182, 60) + 0.5 * np.sin(2 * np.pi * 331 * t)) * np.exp(-t * 24) + 0.62 * wires
+        return (
+            0.5 * (_swept(t, 260, 182, 60) + 0.5 * np.sin(2 * np.pi * 331 * t)) * np.exp(-t * 24)
+            + 0.62 * wires
+        )
     if key == RIM:
         t = _time(0.12, rate)
         return (np.sin(2 * np.pi * 1720 * t) + 0.6 * np.sin(2 * np.pi * 820 * t)) * np.exp(-t * 75) * 0.36
     if key == CLAP:
         t = _time(0.3, rate)
         bursts = sum(np.where(t >= s, np.exp(-np.maximum(t - s, 0) * 190), 0) for s in (0.0, 0.011, 0.021))
-        return _band(_noise(t.size, 3), 850, 4200, rate) * (0.6 * bursts + np.where(t >= 0.03, np.exp(-np.maximum(t - 0.03, 0) * 19), 0)) * 0.75
+        return (
+            _band(_noise(t.size, 3), 850, 4200, rate)
+            * (0.6 * bursts + np.where(t >= 0.03, np.exp(-np.maximum(t - 0.03, 0) * 19), 0))
+            * 0.75
+        )
     if key in (CLOSED_HAT, OPEN_HAT, RIDE, CRASH):
         long = {CLOSED_HAT: 0.09, OPEN_HAT: 0.42, RIDE: 1.1, CRASH: 2.4}[key]
         t = _time(long, rate)
-        metal = sum(np.sign(np.sin(2 * np.pi * 40 * r * t + r)) for r in (2.0 * 3.1, 3.0 * 3.3, 4.16 * 3.7, 5.43 * 4.1, 6.79 * 4.4, 8.21 * 4.7))
+        metal = sum(
+            np.sign(np.sin(2 * np.pi * 40 * r * t + r))
+            for r in (2.0 * 3.1, 3.0 * 3.3, 4.16 * 3.7, 5.43 * 4.1, 6.79 * 4.4, 8.21 * 4.7)
+        )
         wave = 0.1 * metal + 0.75 * _noise(t.size, key)
         wave = _high(wave, 4200 if key in (CRASH, RIDE) else 7000, rate) * np.exp(-t * 4.6 / long)
         if key == RIDE:
@@ -330,8 +413,13 @@ def _drum(key: int, v: float, rate: int) -> Any:
         return _swept(t, base * 1.7, base, 22) * np.exp(-t * 6.5) * 0.9 + skin
     # Timpani and whatever else: a low membrane with its four strongest modes.
     t = _time(1.6, rate)
-    modes = sum(a * np.sin(2 * np.pi * 73.4 * r * t) * np.exp(-t * d) for r, a, d in ((1, 1, 2.2), (1.5, 0.6, 2.8), (1.99, 0.35, 3.6), (2.44, 0.2, 4.6)))
-    return (modes * 0.62 + _band(_noise(t.size, 8), 80, 900, rate) * np.exp(-t * 30) * 0.35) * np.clip((1.6 - t) / 0.1, 0, 1)
+    modes = sum(
+        a * np.sin(2 * np.pi * 73.4 * r * t) * np.exp(-t * d)
+        for r, a, d in ((1, 1, 2.2), (1.5, 0.6, 2.8), (1.99, 0.35, 3.6), (2.44, 0.2, 4.6))
+    )
+    return (modes * 0.62 + _band(_noise(t.size, 8), 80, 900, rate) * np.exp(-t * 30) * 0.35) * np.clip(
+        (1.6 - t) / 0.1, 0, 1
+    )
 
 
 def _play(track: Track, score: Score, rate: int, report: Report, share: tuple[float, float]) -> Wave:
@@ -358,7 +446,9 @@ def _play(track: Track, score: Score, rate: int, report: Report, share: tuple[fl
                 wave = np.asarray(_drum(note.pitch, shade, rate), np.float32)
             else:
                 frequency = 440.0 * 2 ** ((note.pitch - 69) / 12)
-                wave = np.asarray(INSTRUMENTS[track.instrument](frequency, key[1] / 100, shade, rate), np.float32)
+                wave = np.asarray(
+                    INSTRUMENTS[track.instrument](frequency, key[1] / 100, shade, rate), np.float32
+                )
             if size > 24_000_000:
                 kept.clear()
                 size = 0
@@ -377,7 +467,11 @@ def _room(seconds: float, rate: int) -> Wave:
     for side in (0, 1):
         tail = np.zeros(t.size)
         for low, high, share in ((90, 500, 0.95), (500, 2500, 1.0), (2500, 9000, 0.5)):
-            tail += _band(_noise(t.size, 100 + side), low, high, rate) * np.exp(-6.9 * t / (seconds * share)) * (1.0 if low < 2500 else 0.5)
+            tail += (
+                _band(_noise(t.size, 100 + side), low, high, rate)
+                * np.exp(-6.9 * t / (seconds * share))
+                * (1.0 if low < 2500 else 0.5)
+            )
         tail *= np.clip((t - 0.012) / 0.03, 0, 1)
         for number, delay in enumerate((0.011, 0.019, 0.027, 0.038, 0.047)):
             at = round((delay + 0.0017 * side * (number + 1)) * rate)
@@ -421,9 +515,13 @@ def synthesize(score: Score, sample_rate: int, report: Report = lambda fraction:
         mono = _play(track, score, sample_rate, report, share)
         done += weight
         # Levels are set by ear, as it were: by what each track measures, not by how its sound happens to be computed.
-        gain = 10 ** ((track.level - loudness(AudioBuffer(mono[None, : 120 * sample_rate], sample_rate))) / 20)
+        gain = 10 ** (
+            (track.level - loudness(AudioBuffer(mono[None, : 120 * sample_rate], sample_rate))) / 20
+        )
         angle = (track.pan + 1) * math.pi / 4
-        sides = np.array([[math.cos(angle)], [math.sin(angle)]], np.float32) * np.float32(min(gain, 8.0) * math.sqrt(2))
+        sides = np.array([[math.cos(angle)], [math.sin(angle)]], np.float32) * np.float32(
+            min(gain, 8.0) * math.sqrt(2)
+        )
         stereo = (_chorus(mono, sample_rate) if track.instrument in _WIDE else mono[None, :]) * sides
         if track.instrument in _ECHO:
             lag = round(0.75 * 60 / score.tempo_bpm * sample_rate)
@@ -448,7 +546,9 @@ def synthesize(score: Score, sample_rate: int, report: Report = lambda fraction:
     return np.ascontiguousarray(np.tanh(out * 0.8) / 0.8, dtype=np.float32)
 
 
-def play_soundfont(model: ResolvedModel, score: Score, sample_rate: int, report: Report = lambda fraction: None) -> Wave:
+def play_soundfont(
+    model: ResolvedModel, score: Score, sample_rate: int, report: Report = lambda fraction: None
+) -> Wave:
     """Render a score with a soundfont: ``files['weights']``, or the one ``.sf2`` file in ``files['folder']``.
 
     Returns:
@@ -468,7 +568,9 @@ def play_soundfont(model: ResolvedModel, score: Score, sample_rate: int, report:
         folder = model.files.get("folder")
         found = sorted(folder.glob("*.sf2")) if folder is not None and folder.is_dir() else []
         if len(found) != 1:
-            raise ModelUnavailable(f"model {model.name}: wanted one .sf2 file in its folder, found {len(found)}")
+            raise ModelUnavailable(
+                f"model {model.name}: wanted one .sf2 file in its folder, found {len(found)}"
+            )
         path = found[0]
     try:
         synth = tinysoundfont.Synth(gain=-6, samplerate=sample_rate)
@@ -476,7 +578,9 @@ def play_soundfont(model: ResolvedModel, score: Score, sample_rate: int, report:
     except MemoryError:
         raise
     except Exception as error:
-        raise ModelUnavailable(f"model {model.name}: {path.name} is not a soundfont ({str(error)[:200]})") from None
+        raise ModelUnavailable(
+            f"model {model.name}: {path.name} is not a soundfont ({str(error)[:200]})"
+        ) from None
     channel = 0
     events: list[tuple[int, int, int, int, float]] = []
     total = round(score.duration_s * sample_rate)
@@ -514,7 +618,9 @@ def play_soundfont(model: ResolvedModel, score: Score, sample_rate: int, report:
     return np.ascontiguousarray(np.concatenate(parts).reshape(-1, 2).T)
 
 
-def render(model: ResolvedModel, score: Score, sample_rate: int, report: Report = lambda fraction: None) -> Wave:
+def render(
+    model: ResolvedModel, score: Score, sample_rate: int, report: Report = lambda fraction: None
+) -> Wave:
     """Render a score by the model's engine: ``synth`` or ``soundfont``.
 
     Raises:
@@ -524,7 +630,9 @@ def render(model: ResolvedModel, score: Score, sample_rate: int, report: Report 
         return synthesize(score, sample_rate, report)
     if model.engine == "soundfont":
         return play_soundfont(model, score, sample_rate, report)
-    raise ModelUnavailable(f"model {model.name}: engine {model.engine!r} does not render music; allowed: synth, soundfont")
+    raise ModelUnavailable(
+        f"model {model.name}: engine {model.engine!r} does not render music; allowed: synth, soundfont"
+    )
 
 
 def midi(score: Score) -> bytes:
@@ -544,8 +652,14 @@ def midi(score: Score) -> bytes:
         part = mido.MidiTrack()
         part.append(mido.MetaMessage("track_name", name=f"{track.role} ({track.instrument})", time=0))
         if track.instrument != "drums":
-            part.append(mido.Message("program_change", channel=channel, program=PROGRAMS[track.instrument], time=0))
-        part.append(mido.Message("control_change", channel=channel, control=10, value=round(63.5 + 63.5 * track.pan), time=0))
+            part.append(
+                mido.Message("program_change", channel=channel, program=PROGRAMS[track.instrument], time=0)
+            )
+        part.append(
+            mido.Message(
+                "control_change", channel=channel, control=10, value=round(63.5 + 63.5 * track.pan), time=0
+            )
+        )
         events = []
         for note in track.notes:
             start = max(0, round(note.start * 480))
@@ -568,4 +682,14 @@ def _channels(score: Score) -> Iterator[int]:
         yield 9 if track.instrument == "drums" else next(free)
 
 
-__all__ = ["INSTRUMENTS", "PROGRAMS", "Note", "Score", "Track", "midi", "play_soundfont", "render", "synthesize"]
+__all__ = [
+    "INSTRUMENTS",
+    "PROGRAMS",
+    "Note",
+    "Score",
+    "Track",
+    "midi",
+    "play_soundfont",
+    "render",
+    "synthesize",
+]

@@ -47,7 +47,13 @@ class Recogniser(Protocol):
     """Languages that it knows (two letters); empty where it knows many."""
 
     def transcribe(
-        self, samples: Samples, *, language: str | None, prompt: str | None, beam_size: int, skip_silence: bool
+        self,
+        samples: Samples,
+        *,
+        language: str | None,
+        prompt: str | None,
+        beam_size: int,
+        skip_silence: bool,
     ) -> tuple[str, Iterator[Segment]]:
         """Write down speech.
 
@@ -76,10 +82,14 @@ def load_recogniser(model: ResolvedModel, device: str = "cpu") -> Recogniser:
     """
     folder = model.files.get("folder")
     if folder is None or not folder.is_dir():
-        raise ModelUnavailable(f"model {model.name}: engine {model.engine} needs a folder with the model's files")
+        raise ModelUnavailable(
+            f"model {model.name}: engine {model.engine} needs a folder with the model's files"
+        )
     loaders = {"faster-whisper": _Fast.load, "transformers-whisper": _Transformers.load}
     if model.engine not in loaders:
-        raise ModelUnavailable(f"model {model.name}: engine {model.engine!r} does not transcribe; allowed: {', '.join(loaders)}")
+        raise ModelUnavailable(
+            f"model {model.name}: engine {model.engine!r} does not transcribe; allowed: {', '.join(loaders)}"
+        )
     return loaders[model.engine](model, folder, device)
 
 
@@ -93,7 +103,9 @@ class _Fast:
         try:
             from faster_whisper import WhisperModel
         except ImportError:
-            raise ModelUnavailable(f"model {model.name}: the package faster-whisper is not installed; run `make setup`") from None
+            raise ModelUnavailable(
+                f"model {model.name}: the package faster-whisper is not installed; run `make setup`"
+            ) from None
         kind, _, index = device.partition(":")
         compute = str(model.options.get("compute_type") or ("float16" if kind == "cuda" else "int8"))
         try:
@@ -104,12 +116,20 @@ class _Fast:
         except (RuntimeError, ValueError, OSError) as error:
             if "out of memory" in str(error).lower():
                 raise MemoryError(str(error)) from error
-            raise ModelUnavailable(f"model {model.name}: {folder.name} is not a faster-whisper model ({str(error)[:200]})") from None
+            raise ModelUnavailable(
+                f"model {model.name}: {folder.name} is not a faster-whisper model ({str(error)[:200]})"
+            ) from None
         known = model.options.get("languages") or ([] if loaded.model.is_multilingual else ["en"])
         return cls(loaded, tuple(str(k) for k in known))
 
     def transcribe(
-        self, samples: Samples, *, language: str | None, prompt: str | None, beam_size: int, skip_silence: bool
+        self,
+        samples: Samples,
+        *,
+        language: str | None,
+        prompt: str | None,
+        beam_size: int,
+        skip_silence: bool,
     ) -> tuple[str, Iterator[Segment]]:
         try:
             found, info = self.model.transcribe(
@@ -134,9 +154,11 @@ def _whole(found: Any) -> tuple[Word, ...]:
     words: list[Word] = []
     for one in found:
         text, likely = one.word, round(float(one.probability), 4)
-        if words and text and not text[0].isspace() and text[0] in ",.'’-%:/)0123456789":  # noqa: RUF001
+        if words and text and not text[0].isspace() and text[0] in ",.'’-%:/)0123456789":
             last = words[-1]
-            words[-1] = Word(last.start_s, one.end, last.text + text.strip(), min(last.probability or 0.0, likely))
+            words[-1] = Word(
+                last.start_s, one.end, last.text + text.strip(), min(last.probability or 0.0, likely)
+            )
         elif text.strip():
             words.append(Word(one.start, one.end, text.strip(), likely))
     return tuple(words)
@@ -159,8 +181,13 @@ class _Transformers:
     @classmethod
     def load(cls, model: ResolvedModel, folder: Path, device: str) -> "_Transformers":
         import torch
-        from transformers import AutomaticSpeechRecognitionPipeline, WhisperForConditionalGeneration, WhisperProcessor
+        from transformers import (
+            AutomaticSpeechRecognitionPipeline,
+            WhisperForConditionalGeneration,
+            WhisperProcessor,
+        )
 
+        transformers.utils.logging.disable_progress_bar()
         dtype = torch.float16 if device.startswith("cuda") else torch.float32
         try:
             network = WhisperForConditionalGeneration.from_pretrained(
@@ -170,32 +197,55 @@ class _Transformers:
         except MemoryError:
             raise
         except Exception as error:
-            raise ModelUnavailable(f"model {model.name}: {folder.name} is not a Whisper model ({str(error)[:200]})") from None
+            raise ModelUnavailable(
+                f"model {model.name}: {folder.name} is not a Whisper model ({str(error)[:200]})"
+            ) from None
         pipe = AutomaticSpeechRecognitionPipeline(
             model=network, tokenizer=processor.tokenizer, feature_extractor=processor.feature_extractor,
             device=torch.device(device), dtype=dtype,
         )  # fmt: skip
         config = network.generation_config
-        known = model.options.get("languages") or ([] if getattr(config, "is_multilingual", False) else ["en"])
+        known = model.options.get("languages") or (
+            [] if getattr(config, "is_multilingual", False) else ["en"]
+        )
         return cls(pipe, tuple(str(k) for k in known), getattr(config, "alignment_heads", None) is not None)
 
     def transcribe(
-        self, samples: Samples, *, language: str | None, prompt: str | None, beam_size: int, skip_silence: bool
+        self,
+        samples: Samples,
+        *,
+        language: str | None,
+        prompt: str | None,
+        beam_size: int,
+        skip_silence: bool,
     ) -> tuple[str, Iterator[Segment]]:
-        settings: dict[str, Any] = {"num_beams": beam_size, "do_sample": False, "temperature": 0.0, "condition_on_prev_tokens": False}
+        settings: dict[str, Any] = {
+            "num_beams": beam_size,
+            "do_sample": False,
+            "temperature": 0.0,
+            "condition_on_prev_tokens": False,
+        }
         if not self.languages or len(self.languages) > 1:
             settings |= {"task": "transcribe"} | ({"language": language} if language else {})
         if prompt:
-            settings["prompt_ids"] = self.pipe.tokenizer.get_prompt_ids(prompt, return_tensors="pt").to(self.pipe.device)
+            settings["prompt_ids"] = self.pipe.tokenizer.get_prompt_ids(prompt, return_tensors="pt").to(
+                self.pipe.device
+            )
         answer = self.pipe(
             {"raw": np.ascontiguousarray(samples), "sampling_rate": RATE},
             return_timestamps="word" if self.words else True, return_language=False, generate_kwargs=settings,
         )  # fmt: skip
-        return language or (self.languages[0] if self.languages else "und"), iter(self._segments(answer, samples.size / RATE))
+        return language or (self.languages[0] if self.languages else "und"), iter(
+            self._segments(answer, samples.size / RATE)
+        )
 
     def _segments(self, answer: dict[str, Any], end_s: float) -> list[Segment]:
         chunks = [
-            Word(float(c["timestamp"][0] or 0.0), float(c["timestamp"][1] if c["timestamp"][1] is not None else end_s), c["text"].strip())
+            Word(
+                float(c["timestamp"][0] or 0.0),
+                float(c["timestamp"][1] if c["timestamp"][1] is not None else end_s),
+                c["text"].strip(),
+            )
             for c in answer.get("chunks", [])
             if c["text"].strip()
         ]
@@ -207,7 +257,9 @@ class _Transformers:
             group.append(word)
             gap = chunks[index + 1].start_s - word.end_s if index + 1 < len(chunks) else 9.0
             if word.text[-1] in ".!?" or gap > 1.0:
-                found.append(Segment(group[0].start_s, group[-1].end_s, " ".join(w.text for w in group), tuple(group)))
+                found.append(
+                    Segment(group[0].start_s, group[-1].end_s, " ".join(w.text for w in group), tuple(group))
+                )
                 group = []
         return found
 

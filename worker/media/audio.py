@@ -58,7 +58,9 @@ class AudioBuffer:
 
     def __post_init__(self) -> None:
         if self.samples.ndim != 2 or self.samples.dtype != np.float32:
-            raise ValueError(f"samples are {self.samples.dtype} of shape {self.samples.shape}; wanted float32 (channels, n)")
+            raise ValueError(
+                f"samples are {self.samples.dtype} of shape {self.samples.shape}; wanted float32 (channels, n)"
+            )
         if self.sample_rate <= 0:
             raise ValueError(f"sample_rate is {self.sample_rate}; it must be above 0")
 
@@ -145,13 +147,17 @@ class _Source:
     def __enter__(self) -> tuple[Any, Any]:
         options = {"format_whitelist": ",".join(CONTAINERS), "protocol_whitelist": "none"}
         try:
-            self._container = av.open(_Nameless(self._stream), mode="r", options=options, metadata_errors="replace")
+            self._container = av.open(
+                _Nameless(self._stream), mode="r", options=options, metadata_errors="replace"
+            )
         except MemoryError:
             self._close()
             raise
         except (av.error.FFmpegError, ValueError, OSError) as error:
             self._close()
-            raise InputError(f"{self._name} is not audio that can be read ({_reason(error)})", code="bad_media") from None
+            raise InputError(
+                f"{self._name} is not audio that can be read ({_reason(error)})", code="bad_media"
+            ) from None
         audio = [s for s in self._container.streams.audio if s.codec_context is not None]
         try:
             if not audio:
@@ -159,12 +165,18 @@ class _Source:
             stream = audio[0]
             context = stream.codec_context
             if not context.name.startswith(CODECS):
-                raise InputError(f"{self._name} is {context.name} audio, which is not read here", code="bad_media")
+                raise InputError(
+                    f"{self._name} is {context.name} audio, which is not read here", code="bad_media"
+                )
             if not 1 <= context.channels <= MAX_CHANNELS:
-                raise InputError(f"{self._name} has {context.channels} channels; allowed: 1 to {MAX_CHANNELS}", code="too_large")
+                raise InputError(
+                    f"{self._name} has {context.channels} channels; allowed: 1 to {MAX_CHANNELS}",
+                    code="too_large",
+                )
             if not 1000 <= context.sample_rate <= MAX_SAMPLE_RATE:
                 raise InputError(
-                    f"{self._name} has a sample rate of {context.sample_rate} Hz; allowed: 1000 to {MAX_SAMPLE_RATE}", code="too_large"
+                    f"{self._name} has a sample rate of {context.sample_rate} Hz; allowed: 1000 to {MAX_SAMPLE_RATE}",
+                    code="too_large",
                 )
         except InputError:
             self._container.close()
@@ -206,7 +218,11 @@ def probe(source: Path | str | BinaryIO | bytes, *, name: str = "audio") -> Audi
     with _Source(source, name) as (container, stream):
         context = stream.codec_context
         return AudioInfo(
-            container.format.name, context.name, context.sample_rate, context.channels, _declared_seconds(container, stream)
+            container.format.name,
+            context.name,
+            context.sample_rate,
+            context.channels,
+            _declared_seconds(container, stream),
         )
 
 
@@ -238,7 +254,9 @@ def decode(
         if container.format.name in _GUESSED:
             seconds = None
         if seconds is not None and seconds > max_seconds + 0.5:
-            raise InputError(f"{name} is {seconds:.1f} s long; allowed: up to {max_seconds:g} s", code="too_large")
+            raise InputError(
+                f"{name} is {seconds:.1f} s long; allowed: up to {max_seconds:g} s", code="too_large"
+            )
         context = stream.codec_context
         rate = sample_rate or context.sample_rate
         layout = "mono" if mono or context.channels == 1 else "stereo"
@@ -254,7 +272,10 @@ def decode(
                     part = out.to_ndarray()
                     total += part.shape[1]
                     if total > limit:
-                        raise InputError(f"{name} is longer than {max_seconds:g} s, the most that is allowed", code="too_large")
+                        raise InputError(
+                            f"{name} is longer than {max_seconds:g} s, the most that is allowed",
+                            code="too_large",
+                        )
                     parts.append(part)
 
         try:
@@ -274,7 +295,9 @@ def decode(
     if not total:
         raise InputError(f"{name} holds no sound", code="bad_media")
     if bad > max(2, good // 10):
-        raise InputError(f"{name} is corrupt: {bad} of {bad + good} packets cannot be decoded", code="bad_media")
+        raise InputError(
+            f"{name} is corrupt: {bad} of {bad + good} packets cannot be decoded", code="bad_media"
+        )
     samples = np.concatenate(parts, axis=1).astype(np.float32, copy=False)
     if not np.isfinite(samples).all():
         samples = np.nan_to_num(samples, nan=0.0, posinf=0.0, neginf=0.0)
@@ -322,7 +345,10 @@ def stretch(buffer: AudioBuffer, tempo: float) -> AudioBuffer:
     layout = "mono" if buffer.channels == 1 else "stereo"
     graph = av.filter.Graph()
     last: Any = graph.add_abuffer(
-        sample_rate=buffer.sample_rate, format="fltp", layout=layout, time_base=Fraction(1, buffer.sample_rate)
+        sample_rate=buffer.sample_rate,
+        format="fltp",
+        layout=layout,
+        time_base=Fraction(1, buffer.sample_rate),
     )
     for step in [0.5, tempo / 0.5] if tempo < 0.5 else [tempo]:
         node = graph.add("atempo", f"{step:.6f}")
@@ -347,7 +373,9 @@ def stretch(buffer: AudioBuffer, tempo: float) -> AudioBuffer:
         drain()
     graph.push(None)
     drain()
-    out = AudioBuffer(np.ascontiguousarray(np.concatenate(parts, axis=1), dtype=np.float32), buffer.sample_rate)
+    out = AudioBuffer(
+        np.ascontiguousarray(np.concatenate(parts, axis=1), dtype=np.float32), buffer.sample_rate
+    )
     # The filter keeps or drops part of its last window; the length that was asked for is the one that subtitles rely on.
     return out.fit(max(1, round(buffer.samples.shape[1] / tempo)))
 
@@ -379,13 +407,20 @@ def loudness(buffer: AudioBuffer) -> float:
     if not heard_blocks.size:
         return SILENCE_LUFS
     gate = -0.691 + 10 * math.log10(float(heard_blocks.mean())) - 10
-    return max(SILENCE_LUFS, -0.691 + 10 * math.log10(float(blocks[(levels > SILENCE_LUFS) & (levels > gate)].mean())))
+    return max(
+        SILENCE_LUFS,
+        -0.691 + 10 * math.log10(float(blocks[(levels > SILENCE_LUFS) & (levels > gate)].mean())),
+    )
 
 
 @cache
 def _k_weighting(rate: int) -> npt.NDArray[np.float64]:
     """The two filters of BS.1770 (head, low cut) for any sample rate, by their analogue prototypes."""
-    k, gain, q = math.tan(math.pi * 1681.974450955533 / rate), 10 ** (3.999843853973347 / 20), 0.7071752369554196
+    k, gain, q = (
+        math.tan(math.pi * 1681.974450955533 / rate),
+        10 ** (3.999843853973347 / 20),
+        0.7071752369554196,
+    )
     part = gain**0.4996667741545416
     scale = 1 + k / q + k * k
     head = [
@@ -423,7 +458,9 @@ def limit(buffer: AudioBuffer, ceiling_db: float = -1.5, lookahead_s: float = 0.
     # The mean of minima over a window never exceeds the need at its centre, so the ceiling holds exactly.
     low = ndimage.minimum_filter1d(need, 2 * half + 1, mode="nearest")
     window = signal.windows.hann(2 * half + 1)
-    gain = np.minimum(ndimage.convolve1d(low, (window / window.sum()).astype(np.float32), mode="nearest"), need)
+    gain = np.minimum(
+        ndimage.convolve1d(low, (window / window.sum()).astype(np.float32), mode="nearest"), need
+    )
     return AudioBuffer((buffer.samples * gain).astype(np.float32), buffer.sample_rate)
 
 
@@ -441,7 +478,9 @@ def normalize(buffer: AudioBuffer, lufs: float = -16.0, ceiling_db: float = -1.5
         if have <= SILENCE_LUFS or abs(have - lufs) < 0.1:
             break
         gain = 10 ** (min(lufs - have, 60.0) / 20)
-        out = limit(AudioBuffer((out.samples * np.float32(gain)).astype(np.float32), out.sample_rate), ceiling_db)
+        out = limit(
+            AudioBuffer((out.samples * np.float32(gain)).astype(np.float32), out.sample_rate), ceiling_db
+        )
     return limit(out, ceiling_db)
 
 
@@ -453,7 +492,9 @@ def fade(buffer: AudioBuffer, in_s: float = 0.0, out_s: float = 0.0) -> AudioBuf
     if first > 0:
         samples[:, :first] *= (0.5 - 0.5 * np.cos(np.pi * np.arange(first) / first)).astype(np.float32)
     if last > 0:
-        samples[:, n - last :] *= (0.5 + 0.5 * np.cos(np.pi * np.arange(1, last + 1) / last)).astype(np.float32)
+        samples[:, n - last :] *= (0.5 + 0.5 * np.cos(np.pi * np.arange(1, last + 1) / last)).astype(
+            np.float32
+        )
     return AudioBuffer(samples, buffer.sample_rate)
 
 
@@ -512,7 +553,9 @@ def duck(
     active = np.zeros(steps, bool)
     active[: min(blocks, steps)] = (level > threshold)[:steps]
     # Pauses inside a sentence do not count as silence; then the dip opens early and closes late.
-    active = ndimage.binary_closing(np.pad(active, 200), structure=np.ones(max(1, round(hold_s / step_s)), bool))[200:-200]
+    active = ndimage.binary_closing(
+        np.pad(active, 200), structure=np.ones(max(1, round(hold_s / step_s)), bool)
+    )[200:-200]
     target = np.where(active, -depth_db, 0.0)
     down, up = max(1, round(attack_s / step_s)), max(1, round(release_s / step_s))
     curve = np.empty(steps)
@@ -528,7 +571,11 @@ def duck(
     return (music.samples * gain).astype(np.float32)
 
 
-_CODEC = {"mp3": ("mp3", "libmp3lame", "fltp"), "opus": ("ogg", "libopus", "flt"), "aac": ("adts", "aac", "fltp")}
+_CODEC = {
+    "mp3": ("mp3", "libmp3lame", "fltp"),
+    "opus": ("ogg", "libopus", "flt"),
+    "aac": ("adts", "aac", "fltp"),
+}
 _LOSSY_RATES = {
     "mp3": (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000),
     "opus": (48000,),
@@ -536,7 +583,7 @@ _LOSSY_RATES = {
 }
 
 
-def encode(buffer: AudioBuffer, format: str, *, bitrate: int | None = None) -> bytes:
+def encode(buffer: AudioBuffer, format: str, *, bitrate: int | None = None) -> bytes:  # noqa: A002
     """Write samples as a file. The same samples always give the same bytes.
 
     Args:

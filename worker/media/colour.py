@@ -143,7 +143,12 @@ class Palette:
 
 
 def palette(
-    lead: RGB, theme: str, *, background: RGB | None = None, text: RGB | None = None, accent: RGB | None = None
+    lead: RGB,
+    theme: str,
+    *,
+    background: RGB | None = None,
+    text: RGB | None = None,
+    accent: RGB | None = None,
 ) -> Palette:
     """Derive a card's colours from one.
 
@@ -161,18 +166,31 @@ def palette(
         if theme == "dark":
             background = from_oklch(0.21, 0.035 * tone, hue)
         elif theme == "vivid":
-            background = lead if chroma >= 0.08 and 0.3 <= lightness <= 0.88 else from_oklch(0.55, 0.16 * tone, hue)
+            background = (
+                lead if chroma >= 0.08 and 0.3 <= lightness <= 0.88 else from_oklch(0.55, 0.16 * tone, hue)
+            )
         else:
             background = from_oklch(0.975, 0.013 * tone, hue)
     ground_lightness, ground_chroma, ground_hue = to_oklch(background)
     dark = float(luminance(np.array(background))) < 0.18
     shade = ground_hue if ground_chroma > 0.02 else hue
     if text is None:
-        options = [from_oklch(0.985, 0.008 * tone, shade), from_oklch(0.21, 0.04 * tone, shade), (255, 255, 255), (12, 12, 14)]
+        options = [
+            from_oklch(0.985, 0.008 * tone, shade),
+            from_oklch(0.21, 0.04 * tone, shade),
+            (255, 255, 255),
+            (12, 12, 14),
+        ]
         wished = options[0] if dark else options[1]
-        text = wished if contrast(wished, background) >= 7 else max(options, key=lambda c: contrast(c, background))
+        text = (
+            wished
+            if contrast(wished, background) >= 7
+            else max(options, key=lambda c: contrast(c, background))
+        )
     mixed = from_oklch(
-        0.72 * to_oklch(text)[0] + 0.28 * ground_lightness, max(0.02 * tone, to_oklch(text)[1]), shade if tone else 0.0
+        0.72 * to_oklch(text)[0] + 0.28 * ground_lightness,
+        max(0.02 * tone, to_oklch(text)[1]),
+        shade if tone else 0.0,
     )
     soft = readable(mixed, background, 5.5 if contrast(text, background) >= 5.5 else 4.5)
     wished_accent = accent or (lead if chroma >= 0.06 else from_oklch(0.55, 0.12 * tone, hue))
@@ -186,5 +204,11 @@ def palette(
     else:
         panel, glow = from_oklch(0.885, 0.055 * tone, hue), from_oklch(0.955, 0.028 * tone, hue)
     return Palette(
-        background, panel, glow, text, soft, readable(wished_accent, background), from_oklch(0.25 if not dark else 0.08, 0.05 * tone, hue)
+        background,
+        panel,
+        glow,
+        text,
+        soft,
+        readable(wished_accent, background),
+        from_oklch(0.25 if not dark else 0.08, 0.05 * tone, hue),
     )

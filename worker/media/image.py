@@ -94,7 +94,11 @@ def _read(source: InputFile | bytes | Path, field: str) -> tuple[bytes, str]:
         name = (source.name if isinstance(source, InputFile) else "") or path.name
         size = path.stat().st_size
         if size > MAX_FILE_BYTES:
-            raise InputError(f"{field}: {name} has {size:,} bytes; allowed are {MAX_FILE_BYTES:,}", code="image_too_large", param=field)
+            raise InputError(
+                f"{field}: {name} has {size:,} bytes; allowed are {MAX_FILE_BYTES:,}",
+                code="image_too_large",
+                param=field,
+            )
         data = path.read_bytes()
     if not data:
         raise InputError(f"{field}: {name} is empty (0 bytes)", code="bad_image", param=field)
@@ -201,7 +205,14 @@ def encode(
         plain.save(buffer, "PNG", compress_level=6)
     elif format == "jpeg":
         base = plain if plain.mode in ("L", "RGB") else flatten(plain, ground)
-        base.save(buffer, "JPEG", quality=quality, optimize=True, progressive=True, subsampling=0 if quality >= 85 else 2)
+        base.save(
+            buffer,
+            "JPEG",
+            quality=quality,
+            optimize=True,
+            progressive=True,
+            subsampling=0 if quality >= 85 else 2,
+        )
     elif format == "webp":
         plain.save(buffer, "WEBP", quality=quality, method=4, lossless=quality == 100, exact=False)
     else:

@@ -69,7 +69,9 @@ class Cue:
 
 # --- words ---------------------------------------------------------------------------------------------------------
 
-_NO_LINE_START = set("、。，．・：；？！ー）］｝〕〉》」』】〙〗〟’”»ぁぃぅぇぉっゃゅょゎァィゥェォッャュョヮヵヶ々…‥%,.!?:;)]}")
+_NO_LINE_START = set(
+    "、。，．・：；？！ー）］｝〕〉》」』】〙〗〟’”»ぁぃぅぇぉっゃゅょゎァィゥェォッャュョヮヵヶ々…‥%,.!?:;)]}"
+)
 _NO_LINE_END = set("（［｛〔〈《「『【〘〖〝‘“«([{$£¥")
 _END = re.compile(r"""[.!?…。！？؟।]+["'”’»)\]」』）]*""")
 _ABBREVIATION = re.compile(
@@ -80,7 +82,11 @@ _ABBREVIATION = re.compile(
 def columns(text: str) -> int:
     """Width of a text in columns."""
     return sum(
-        0 if unicodedata.combining(c) or unicodedata.category(c) in ("Cf", "Mn") else 2 if unicodedata.east_asian_width(c) in "WF" else 1
+        0
+        if unicodedata.combining(c) or unicodedata.category(c) in ("Cf", "Mn")
+        else 2
+        if unicodedata.east_asian_width(c) in "WF"
+        else 1
         for c in text
     )
 
@@ -100,7 +106,9 @@ def split_sentences(text: str) -> list[str]:
             end = match.end()
             wide = match.group()[0] in "。！？"
             rest = line[end:]
-            if not wide and (rest[:1].strip() or rest.lstrip()[:1].islower() or _ABBREVIATION.search(line[start:end])):
+            if not wide and (
+                rest[:1].strip() or rest.lstrip()[:1].islower() or _ABBREVIATION.search(line[start:end])
+            ):
                 continue  # inside a number, an address or an abbreviation
             found.append(clean(line[start:end]))
             start = end
@@ -129,7 +137,12 @@ def _atoms(text: str, limit: int) -> list[str]:
             wide = unicodedata.east_asian_width(cluster[0]) in "WF"
             last = piece[-1:]
             breaks = piece and (wide or unicodedata.east_asian_width(last) in "WF")
-            if breaks and cluster[0] not in _NO_LINE_START and last not in _NO_LINE_END and not cluster.isspace():
+            if (
+                breaks
+                and cluster[0] not in _NO_LINE_START
+                and last not in _NO_LINE_END
+                and not cluster.isspace()
+            ):
                 atoms.append(piece)
                 piece = ""
             elif columns(piece.rstrip()) + columns(cluster) > limit and not cluster.isspace():
@@ -144,7 +157,12 @@ def _atoms(text: str, limit: int) -> list[str]:
 def _join(lines: Sequence[str]) -> str:
     out = ""
     for line in lines:
-        wide = out and line and unicodedata.east_asian_width(out[-1]) in "WF" and unicodedata.east_asian_width(line[0]) in "WF"
+        wide = (
+            out
+            and line
+            and unicodedata.east_asian_width(out[-1]) in "WF"
+            and unicodedata.east_asian_width(line[0]) in "WF"
+        )
         out += line if wide or not out else " " + line
     return out
 
@@ -178,7 +196,11 @@ def _wrap(atoms: Sequence[str], limit: int) -> list[str]:
                 break
             before = best[start]
             # The lower line may be a little longer than the upper one, not the other way round.
-            here = (before[0] + 1, before[1] + length**2 + (0.3 * length if start == 0 and end < n else 0), start)
+            here = (
+                before[0] + 1,
+                before[1] + length**2 + (0.3 * length if start == 0 and end < n else 0),
+                start,
+            )
             if here < best[end]:
                 best[end] = here
             start -= 1
@@ -193,7 +215,25 @@ def _wrap(atoms: Sequence[str], limit: int) -> list[str]:
     return lines[::-1]
 
 
-_JOINERS = {"and", "but", "or", "because", "which", "that", "when", "while", "who", "so", "for", "to", "with", "in", "on", "of", "from"}
+_JOINERS = {
+    "and",
+    "but",
+    "or",
+    "because",
+    "which",
+    "that",
+    "when",
+    "while",
+    "who",
+    "so",
+    "for",
+    "to",
+    "with",
+    "in",
+    "on",
+    "of",
+    "from",
+}
 
 
 def _pieces(text: str, limit: int, lines: int) -> list[str]:
@@ -250,9 +290,14 @@ def parse_timings(data: bytes, *, field: str = "narration_timings") -> list[Span
     except (ValueError, RecursionError) as error:
         raise InputError(f"{field} is not JSON: {str(error)[:120]}", param=field) from None
     if isinstance(found, dict):
-        found = next((found[key] for key in ("sentences", "segments", "cues") if isinstance(found.get(key), list)), None)
+        found = next(
+            (found[key] for key in ("sentences", "segments", "cues") if isinstance(found.get(key), list)),
+            None,
+        )
     if not isinstance(found, list):
-        raise InputError(f"{field} holds no list of sentences; wanted [{{start_s, end_s, text}}, …]", param=field)
+        raise InputError(
+            f"{field} holds no list of sentences; wanted [{{start_s, end_s, text}}, …]", param=field
+        )
     if len(found) > _MAX_SENTENCES:
         raise InputError(f"{field} has {len(found)} sentences; allowed: up to {_MAX_SENTENCES}", param=field)
     spans: list[Span] = []
@@ -262,14 +307,20 @@ def parse_timings(data: bytes, *, field: str = "narration_timings") -> list[Span
             span = Span(float(start), float(end), clean(str(item["text"])))
         except (AttributeError, KeyError, TypeError, ValueError):
             shown = json.dumps(item, ensure_ascii=False)[:100]
-            raise InputError(f"{field}[{index}] is {shown}; wanted start_s, end_s (seconds) and text", param=field) from None
-        if not (math.isfinite(span.start_s) and math.isfinite(span.end_s) and 0 <= span.start_s <= span.end_s):
             raise InputError(
-                f"{field}[{index}] runs from {start} to {end}; wanted 0 ≤ start_s ≤ end_s in seconds", param=field
+                f"{field}[{index}] is {shown}; wanted start_s, end_s (seconds) and text", param=field
+            ) from None
+        if not (
+            math.isfinite(span.start_s) and math.isfinite(span.end_s) and 0 <= span.start_s <= span.end_s
+        ):
+            raise InputError(
+                f"{field}[{index}] runs from {start} to {end}; wanted 0 ≤ start_s ≤ end_s in seconds",
+                param=field,
             )
         if spans and span.start_s < spans[-1].start_s:
             raise InputError(
-                f"{field}[{index}] starts at {span.start_s} s, before the one above it ({spans[-1].start_s} s)", param=field
+                f"{field}[{index}] starts at {span.start_s} s, before the one above it ({spans[-1].start_s} s)",
+                param=field,
             )
         if span.text:
             spans.append(span)
@@ -310,7 +361,9 @@ class Speech:
         return min(float(np.searchsorted(self.voiced, voiced_s)), self.voiced.size - 1) * _STEP_S
 
 
-def find_speech(samples: npt.NDArray[np.float32], sample_rate: int, *, shortest_pause_s: float = 0.12) -> Speech:
+def find_speech(
+    samples: npt.NDArray[np.float32], sample_rate: int, *, shortest_pause_s: float = 0.12
+) -> Speech:
     """Find speech and its pauses by energy.
 
     Args:
@@ -418,7 +471,12 @@ def align(texts: Sequence[str], start_s: float, end_s: float, speech: Speech | N
 
 
 def make_cues(
-    spans: Sequence[Span], total_s: float, *, limit: int = MAX_COLUMNS, lines: int = MAX_LINES, speech: Speech | None = None
+    spans: Sequence[Span],
+    total_s: float,
+    *,
+    limit: int = MAX_COLUMNS,
+    lines: int = MAX_LINES,
+    speech: Speech | None = None,
 ) -> list[Cue]:
     """Cut sentences into cues.
 
@@ -439,7 +497,11 @@ def make_cues(
             continue
         end = min(max(span.end_s, span.start_s), total_s)
         parts = _pieces(span.text, limit, lines)
-        said.extend(align(parts, span.start_s, end, speech) if len(parts) > 1 else [Span(span.start_s, end, span.text)])
+        said.extend(
+            align(parts, span.start_s, end, speech)
+            if len(parts) > 1
+            else [Span(span.start_s, end, span.text)]
+        )
     # Words too short to be read on their own share the screen with what follows at once, or else with what came before.
     said = _merge(said, limit, lines, lambda first, second: first)
     merged = _merge(said, limit, lines, lambda first, second: second)
@@ -462,7 +524,11 @@ def _merge(spans: Sequence[Span], limit: int, lines: int, which: Callable[[Span,
         if last and one.start_s - last.end_s < 0.4:
             judged = which(last, one)
             both = _join((last.text, one.text))
-            if judged.end_s - judged.start_s < 0.8 and one.end_s - last.start_s < 5 and len(wrap(both, limit)) <= lines:
+            if (
+                judged.end_s - judged.start_s < 0.8
+                and one.end_s - last.start_s < 5
+                and len(wrap(both, limit)) <= lines
+            ):
                 merged[-1] = Span(last.start_s, one.end_s, both)
                 continue
         merged.append(one)

@@ -102,11 +102,15 @@ def _open(source: Path | InputFile | BinaryIO, name: str) -> Iterator[tuple[Any,
     options = {"format_whitelist": ",".join(CONTAINERS), "protocol_whitelist": "none"}
     try:
         try:
-            container = av.open(_Nameless(own or source), mode="r", options=options, metadata_errors="replace")
+            container = av.open(
+                _Nameless(own or source), mode="r", options=options, metadata_errors="replace"
+            )
         except MemoryError:
             raise
         except (av.error.FFmpegError, ValueError, OSError) as error:
-            raise InputError(f"{name} is not a video that can be read ({_reason(error)})", code="bad_media", param=name) from None
+            raise InputError(
+                f"{name} is not a video that can be read ({_reason(error)})", code="bad_media", param=name
+            ) from None
         try:
             video = [s for s in container.streams.video if s.codec_context is not None]
             if not video:
@@ -114,7 +118,9 @@ def _open(source: Path | InputFile | BinaryIO, name: str) -> Iterator[tuple[Any,
             stream = video[0]
             context = stream.codec_context
             if not context.name.startswith(CODECS):
-                raise InputError(f"{name} is {context.name} video, which is not read here", code="bad_media", param=name)
+                raise InputError(
+                    f"{name} is {context.name} video, which is not read here", code="bad_media", param=name
+                )
             _check_size(context.width, context.height, name)
             context.thread_count = 1
             yield container, stream
@@ -163,7 +169,10 @@ def probe(source: Path | InputFile | BinaryIO, *, name: str = "video") -> VideoI
             audio_s=_seconds(audio) if audio else None,
             sample_rate=audio.codec_context.sample_rate if audio else 0,
             channels=audio.codec_context.channels if audio else 0,
-            colour=tuple(int(getattr(context, n)) for n in ("color_primaries", "color_trc", "colorspace", "color_range")),  # type: ignore[arg-type]
+            colour=tuple(
+                int(getattr(context, n))
+                for n in ("color_primaries", "color_trc", "colorspace", "color_range")
+            ),  # type: ignore[arg-type]
         )
 
 
@@ -225,7 +234,9 @@ def frames(
                     decoded += frame.width * frame.height
                     if decoded > max_pixels:
                         raise InputError(
-                            f"{name} has more than the {max_pixels:,} pixels that are allowed", code="too_large", param=name
+                            f"{name} has more than the {max_pixels:,} pixels that are allowed",
+                            code="too_large",
+                            param=name,
                         )
                     at = float(frame.time) if frame.time is not None else seen / rate
                     if at < start_s - 1e-6:
@@ -244,11 +255,15 @@ def frames(
         except (av.error.FFmpegError, ValueError) as error:
             # A file that is cut short still holds what came before; only one without any frame is refused.
             if not decoded:
-                raise InputError(f"{name} cannot be decoded ({_reason(error)})", code="bad_media", param=name) from None
+                raise InputError(
+                    f"{name} cannot be decoded ({_reason(error)})", code="bad_media", param=name
+                ) from None
         if not decoded:
             raise InputError(f"{name} holds no frame that can be decoded", code="bad_media", param=name)
         if bad > max(2, seen // 10):
-            raise InputError(f"{name} is corrupt: {bad} packets cannot be decoded", code="bad_media", param=name)
+            raise InputError(
+                f"{name} is corrupt: {bad} packets cannot be decoded", code="bad_media", param=name
+            )
 
 
 def available_encoders() -> tuple[str, ...]:
@@ -346,7 +361,8 @@ class ClipWriter:
 
     def _add_video(self, quality: int) -> Any:
         options = {
-            "libx264": {"preset": "veryfast", "crf": str(quality), "profile": "high", "threads": "1"} | _same_bytes(),
+            "libx264": {"preset": "veryfast", "crf": str(quality), "profile": "high", "threads": "1"}
+            | _same_bytes(),
             # OpenH264 has no constant rate factor: six steps of it are about half the bits.
             "libopenh264": {"profile": "high", "threads": "1", "allow_skip_frames": "0"},
             "h264_nvenc": {"preset": "p5", "rc": "vbr", "cq": str(quality), "profile": "high"},
@@ -373,7 +389,9 @@ class ClipWriter:
             ValueError: If it has another size or type.
         """
         if frame.shape != (self.height, self.width, 3) or frame.dtype != np.uint8:
-            raise ValueError(f"frame is {frame.dtype} {frame.shape}; wanted uint8 ({self.height}, {self.width}, 3)")
+            raise ValueError(
+                f"frame is {frame.dtype} {frame.shape}; wanted uint8 ({self.height}, {self.width}, 3)"
+            )
         with _faults(self.encoder if not self.frames else ""):
             picture = av.VideoFrame.from_ndarray(frame, format="rgb24").reformat(
                 format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG
@@ -416,7 +434,9 @@ class ClipWriter:
     def __enter__(self) -> "ClipWriter":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if kind is None:
             self.close()
             return

@@ -42,7 +42,11 @@ def words(text: str, language: str = "en") -> list[str]:
     if english:
         out = re.sub(r"(?<=\w)'s?\b|\$|£|€", "", re.sub(r"(\w)metre(s?)\b", r"\1meter\2", out))
         # British and American spellings sound the same.
-        out = re.sub(r"\b(?:metric )?tonne(s?)\b", r"ton\1", re.sub(r"\bmetre(s?)\b", r"meter\1", re.sub(r"\blitre(s?)\b", r"liter\1", out)))
+        out = re.sub(
+            r"\b(?:metric )?tonne(s?)\b",
+            r"ton\1",
+            re.sub(r"\bmetre(s?)\b", r"meter\1", re.sub(r"\blitre(s?)\b", r"liter\1", out)),
+        )
     return out.replace("%", " percent").split()
 
 

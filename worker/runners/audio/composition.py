@@ -43,8 +43,25 @@ _TONICS = {"C": 0, "D": 2, "E": 4, "F": 5, "G": 7, "A": 9, "B": 11}
 _NAMES = ("C", "Db", "D", "Eb", "E", "F", "F#", "G", "Ab", "A", "Bb", "B")
 
 _PROGRESSIONS: dict[str, tuple[tuple[int, ...], ...]] = {
-    "major": ((0, 4, 5, 3), (0, 5, 3, 4), (0, 3, 5, 4), (5, 3, 0, 4), (0, 2, 3, 4), (3, 0, 4, 5), (3, 4, 2, 5), (0, 3, 1, 4)),
-    "minor": ((0, 5, 2, 6), (0, 3, 5, 4), (0, 6, 5, 6), (0, 5, 3, 4), (5, 6, 0, 2), (0, 2, 6, 3), (3, 5, 0, 4)),
+    "major": (
+        (0, 4, 5, 3),
+        (0, 5, 3, 4),
+        (0, 3, 5, 4),
+        (5, 3, 0, 4),
+        (0, 2, 3, 4),
+        (3, 0, 4, 5),
+        (3, 4, 2, 5),
+        (0, 3, 1, 4),
+    ),
+    "minor": (
+        (0, 5, 2, 6),
+        (0, 3, 5, 4),
+        (0, 6, 5, 6),
+        (0, 5, 3, 4),
+        (5, 6, 0, 2),
+        (0, 2, 6, 3),
+        (3, 5, 0, 4),
+    ),
     "lydian": ((0, 1, 0, 1), (0, 4, 5, 1), (5, 1, 0, 4), (0, 2, 5, 1)),
     "dorian": ((0, 3, 0, 3), (0, 6, 3, 0), (0, 2, 3, 6), (5, 3, 0, 6)),
     "mixolydian": ((0, 6, 3, 0), (0, 3, 6, 3), (0, 4, 6, 3), (3, 6, 0, 0)),
@@ -109,8 +126,31 @@ _MOODS: dict[str, _Mood] = {
 }  # fmt: skip
 
 _SUITS: dict[str, tuple[str, ...]] = {
-    "melody": ("flute", "lead", "brass", "bell", "piano", "electric_piano", "guitar", "pluck", "harp", "strings", "pad"),
-    "chords": ("piano", "electric_piano", "guitar", "harp", "strings", "pad", "brass", "pluck", "bell", "lead"),
+    "melody": (
+        "flute",
+        "lead",
+        "brass",
+        "bell",
+        "piano",
+        "electric_piano",
+        "guitar",
+        "pluck",
+        "harp",
+        "strings",
+        "pad",
+    ),
+    "chords": (
+        "piano",
+        "electric_piano",
+        "guitar",
+        "harp",
+        "strings",
+        "pad",
+        "brass",
+        "pluck",
+        "bell",
+        "lead",
+    ),
     "pad": ("pad", "strings", "brass"),
     "arp": ("pluck", "harp", "guitar", "piano", "bell", "electric_piano", "strings"),
     "counter": ("flute", "strings", "brass", "bell", "lead", "pluck", "harp"),
@@ -134,10 +174,30 @@ _RANGE = {  # lowest and highest melody pitch
 }  # fmt: skip
 
 _PATTERNS: dict[str, dict[int, str]] = {  # sixteenths of a bar; X is an accent
-    "soft": {KICK: "x.........x.....", RIM: "....x.......x...", CLOSED_HAT: "x.x.x.x.x.x.x.xx", SHAKER: "..x...x...x...x."},
-    "pop": {KICK: "X.....x.X.......", SNARE: "....X.......X...", CLOSED_HAT: "X.x.X.x.X.x.X.x.", SHAKER: "..x...x...x...x."},
-    "dance": {KICK: "X...X...X...X...", CLAP: "....X.......X...", OPEN_HAT: "..x...x...x...x.", SHAKER: "x.xxx.xxx.xxx.xx"},
-    "epic": {TIMPANI: "X.......x.....x.", LOW_TOM: "X..x..x.X..x..x.", MID_TOM: "....x.......x.x.", SNARE: "............x..."},
+    "soft": {
+        KICK: "x.........x.....",
+        RIM: "....x.......x...",
+        CLOSED_HAT: "x.x.x.x.x.x.x.xx",
+        SHAKER: "..x...x...x...x.",
+    },
+    "pop": {
+        KICK: "X.....x.X.......",
+        SNARE: "....X.......X...",
+        CLOSED_HAT: "X.x.X.x.X.x.X.x.",
+        SHAKER: "..x...x...x...x.",
+    },
+    "dance": {
+        KICK: "X...X...X...X...",
+        CLAP: "....X.......X...",
+        OPEN_HAT: "..x...x...x...x.",
+        SHAKER: "x.xxx.xxx.xxx.xx",
+    },
+    "epic": {
+        TIMPANI: "X.......x.....x.",
+        LOW_TOM: "X..x..x.X..x..x.",
+        MID_TOM: "....x.......x.x.",
+        SNARE: "............x...",
+    },
 }
 
 
@@ -199,7 +259,9 @@ def compose(
             continue
         level, pan, room = _MIX[role.rstrip("23456789")]
         level += _TRIM[mood].get(role, 0.0)
-        tracks.append(Track(role, instrument, tuple(sorted(notes, key=lambda n: (n.start, n.pitch))), level, pan, room))
+        tracks.append(
+            Track(role, instrument, tuple(sorted(notes, key=lambda n: (n.start, n.pitch))), level, pan, room)
+        )
     facts = {
         "mode": mode, "bars": bars, "theme": [_roman(d, mode) for d in first], "contrast": [_roman(d, mode) for d in second],
         "chords": [_roman(b.chord.degree, mode, b.chord.raised) for b in plan],
@@ -260,7 +322,11 @@ def _cast(style: _Mood, wanted: list[str] | None) -> dict[str, str]:
             continue
         # Nobody whom the user named sits idle: take a role that another one fills twice, or double the tune.
         doubled = [r for r, i in cast.items() if list(cast.values()).count(i) > 1 and one in _SUITS[r]]
-        spare = [r for r in ("arp", "pad", "counter", "chords", "melody", "bass") if r not in cast and one in _SUITS[r]]
+        spare = [
+            r
+            for r in ("arp", "pad", "counter", "chords", "melody", "bass")
+            if r not in cast and one in _SUITS[r]
+        ]
         extra = "bass" if one in ("bass", "sub_bass") else "counter"
         numbered = [f"{extra}{n}" for n in range(2, 10) if f"{extra}{n}" not in cast]
         cast[(doubled or spare or numbered)[0]] = one
@@ -290,7 +356,9 @@ def _form(bars: int, first: tuple[int, ...], second: tuple[int, ...], mode: str,
     plan: list[_Bar] = []
     for n in range(intro):
         degree = first[n % len(first)]
-        plan.append(_Bar(_Chord(degree, False), frozenset(("pad", "chords")), "i", n, 0, n == intro - 1, 0.35))
+        plan.append(
+            _Bar(_Chord(degree, False), frozenset(("pad", "chords")), "i", n, 0, n == intro - 1, 0.35)
+        )
     for index, theme in enumerate(themes):
         share = index / max(1, phrases - 1)
         energy = {"A": 0.6 + 0.35 * share, "B": 0.85, "C": 0.4}[theme]
@@ -308,9 +376,21 @@ def _form(bars: int, first: tuple[int, ...], second: tuple[int, ...], mode: str,
             degree = chords[place % 4]
             # A phrase before a new theme, and the last one, lean on the dominant.
             if place == size - 1 and size > 1 and (final or themes[min(index + 1, phrases - 1)] != theme):
-                degree = 4 if mode in ("major", "minor") else {"lydian": 1, "dorian": 3, "mixolydian": 6}[mode]
+                degree = (
+                    4 if mode in ("major", "minor") else {"lydian": 1, "dorian": 3, "mixolydian": 6}[mode]
+                )
             raised = mode == "minor" and degree == 4
-            plan.append(_Bar(_Chord(degree, raised), frozenset(layers), theme, place, index + 1, place == size - 1, energy))
+            plan.append(
+                _Bar(
+                    _Chord(degree, raised),
+                    frozenset(layers),
+                    theme,
+                    place,
+                    index + 1,
+                    place == size - 1,
+                    energy,
+                )
+            )
     return plan[:bars]
 
 
@@ -340,7 +420,11 @@ def _lead_voices(chords: list[_Chord], tonic: int, mode: str, colour: int) -> li
         if colour >= 9:
             steps.append(chord.degree + 8)
         classes = [_pitch(s, tonic, mode, chord) % 12 for s in steps]
-        if _pitch(chord.degree + 6, tonic, mode, chord) % 12 == (classes[0] + 11) % 12 and len(classes) == 4 and chord.degree not in (0, 3):
+        if (
+            _pitch(chord.degree + 6, tonic, mode, chord) % 12 == (classes[0] + 11) % 12
+            and len(classes) == 4
+            and chord.degree not in (0, 3)
+        ):
             classes.pop()  # a major seventh sits well on I and IV only
         options = []
         for turn in range(len(classes)):
@@ -379,23 +463,38 @@ def _part(
 def _human(note: Note, rng: Rng) -> Note:
     """Nobody plays like a clock: a few milliseconds and a shade of touch."""
     shift = float(rng.normal(0, 0.006)) if note.start > 0 else abs(float(rng.normal(0, 0.004)))
-    return replace(note, start=max(0.0, note.start + shift), velocity=float(np.clip(note.velocity + rng.normal(0, 0.035), 0.1, 1)))
+    return replace(
+        note,
+        start=max(0.0, note.start + shift),
+        velocity=float(np.clip(note.velocity + rng.normal(0, 0.035), 0.1, 1)),
+    )
 
 
 def _final(voicing: list[int], tonic: int, mode: str, colour: int) -> list[int]:
     """The last chord: the tonic triad, close to the chord before, with a ninth where the mood is dreamy."""
-    chord = _lead_from(voicing, [_pitch(s, tonic, mode) % 12 for s in ((0, 2, 4, 8) if colour >= 7 else (0, 2, 4))])
-    return chord
+    steps = (0, 2, 4, 8) if colour >= 7 else (0, 2, 4)
+    return _lead_from(voicing, [_pitch(step, tonic, mode) % 12 for step in steps])
 
 
 def _lead_from(previous: list[int], classes: list[int]) -> list[int]:
     found = []
     for c in classes:
-        found.append(min((p for p in range(50, 80) if p % 12 == c), key=lambda p: min(abs(p - q) for q in previous)))
+        found.append(
+            min((p for p in range(50, 80) if p % 12 == c), key=lambda p: min(abs(p - q) for q in previous))
+        )
     return sorted(set(found))
 
 
-def _chords(instrument: str, style: _Mood, plan: list[_Bar], voicings: list[list[int]], tonic: int, mode: str, last: float, rng: Rng) -> list[Note]:
+def _chords(
+    instrument: str,
+    style: _Mood,
+    plan: list[_Bar],
+    voicings: list[list[int]],
+    tonic: int,
+    mode: str,
+    last: float,
+    rng: Rng,
+) -> list[Note]:
     out: list[Note] = []
     comp = style.comp
     if instrument in ("strings", "pad", "brass") and comp in ("strum", "broken", "offbeat"):
@@ -413,18 +512,39 @@ def _chords(instrument: str, style: _Mood, plan: list[_Bar], voicings: list[list
             hits = ((0, 2.9), (3, 0.9)) if bar.energy > 0.7 else ((0, 3.8),)
             out += [Note(at + s, n, p - 12 if p > 67 else p, v * 0.72) for s, n in hits for p in notes[:3]]
         elif comp == "strum":
-            for s, down, strong in ((0, True, 1.0), (1, True, 0.7), (1.5, False, 0.6), (2.5, False, 0.75), (3, True, 0.75), (3.5, False, 0.6)):
+            for s, down, strong in (
+                (0, True, 1.0),
+                (1, True, 0.7),
+                (1.5, False, 0.6),
+                (2.5, False, 0.75),
+                (3, True, 0.75),
+                (3.5, False, 0.6),
+            ):
                 order = notes if down else notes[::-1]
-                out += [Note(at + s + 0.022 * i, 0.62, p, v * strong * (1 - 0.05 * i)) for i, p in enumerate(order)]
+                out += [
+                    Note(at + s + 0.022 * i, 0.62, p, v * strong * (1 - 0.05 * i))
+                    for i, p in enumerate(order)
+                ]
         elif comp == "broken":
             pattern = [notes[0], notes[1 % len(notes)], notes[-1], notes[1 % len(notes)]]
             for i in range(8):
-                out.append(Note(at + i * 0.5, 1.4, pattern[i % 4] + (12 if i == 6 else 0), v * (0.85 if i % 4 else 1.0)))
+                out.append(
+                    Note(
+                        at + i * 0.5,
+                        1.4,
+                        pattern[i % 4] + (12 if i == 6 else 0),
+                        v * (0.85 if i % 4 else 1.0),
+                    )
+                )
         else:  # offbeat
             out += [Note(at + s, 0.4, p, v * 0.85) for s in (0.5, 1.5, 2.5, 3.5) for p in notes]
     if last > 0.05 and plan:
         end = len(plan) * 4.0
-        roll = 0.06 if comp in ("strum", "broken", "half") and instrument not in ("strings", "pad", "brass") else 0.0
+        roll = (
+            0.06
+            if comp in ("strum", "broken", "half") and instrument not in ("strings", "pad", "brass")
+            else 0.0
+        )
         out += [
             Note(end + roll * i, max(0.3, last), p, style.velocity * 0.85)
             for i, p in enumerate(_final(voicings[-1], tonic, mode, style.colour))
@@ -432,20 +552,47 @@ def _chords(instrument: str, style: _Mood, plan: list[_Bar], voicings: list[list
     return out
 
 
-def _pad(instrument: str, style: _Mood, plan: list[_Bar], voicings: list[list[int]], tonic: int, mode: str, last: float, rng: Rng) -> list[Note]:
+def _pad(
+    instrument: str,
+    style: _Mood,
+    plan: list[_Bar],
+    voicings: list[list[int]],
+    tonic: int,
+    mode: str,
+    last: float,
+    rng: Rng,
+) -> list[Note]:
     out: list[Note] = []
     for number, (bar, notes) in enumerate(zip(plan, voicings, strict=True)):
         if "pad" in bar.layers:
-            out += [Note(number * 4.0, 4.0, p, style.velocity * (0.55 + 0.3 * bar.energy)) for p in (notes[0], *notes[1:4])]
+            out += [
+                Note(number * 4.0, 4.0, p, style.velocity * (0.55 + 0.3 * bar.energy))
+                for p in (notes[0], *notes[1:4])
+            ]
     if last > 0.05:
-        out += [Note(len(plan) * 4.0, max(0.3, last), p, style.velocity * 0.7) for p in _final(voicings[-1], tonic, mode, style.colour)]
+        out += [
+            Note(len(plan) * 4.0, max(0.3, last), p, style.velocity * 0.7)
+            for p in _final(voicings[-1], tonic, mode, style.colour)
+        ]
     return out
 
 
 def _arpeggio(
-    instrument: str, style: _Mood, plan: list[_Bar], voicings: list[list[int]], tonic: int, mode: str, last: float, rng: Rng
+    instrument: str,
+    style: _Mood,
+    plan: list[_Bar],
+    voicings: list[list[int]],
+    tonic: int,
+    mode: str,
+    last: float,
+    rng: Rng,
 ) -> list[Note]:
-    shapes = ((0, 1, 2, 3, 2, 1, 2, 1), (0, 2, 1, 2, 3, 2, 1, 2), (0, 1, 2, 1, 3, 1, 2, 1), (3, 2, 1, 0, 1, 2, 1, 2))
+    shapes = (
+        (0, 1, 2, 3, 2, 1, 2, 1),
+        (0, 2, 1, 2, 3, 2, 1, 2),
+        (0, 1, 2, 1, 3, 1, 2, 1),
+        (3, 2, 1, 0, 1, 2, 1, 2),
+    )
     shape = shapes[int(rng.integers(len(shapes)))]
     step = 0.5 if style.density != "dense" and instrument != "strings" else 0.25
     if instrument == "strings":
@@ -463,11 +610,23 @@ def _arpeggio(
             out.append(Note(number * 4.0 + i * step, held, ladder[shape[i % 8]] + lift, v * accent))
     if last > 1.0:
         end, notes = len(plan) * 4.0, _final(voicings[-1], tonic, mode, 5)
-        out += [Note(end + 0.25 * i, max(0.5, last - 0.25 * i), p + lift, style.velocity * 0.6) for i, p in enumerate(notes)]
+        out += [
+            Note(end + 0.25 * i, max(0.5, last - 0.25 * i), p + lift, style.velocity * 0.6)
+            for i, p in enumerate(notes)
+        ]
     return out
 
 
-def _bass(instrument: str, style: _Mood, plan: list[_Bar], voicings: list[list[int]], tonic: int, mode: str, last: float, rng: Rng) -> list[Note]:
+def _bass(
+    instrument: str,
+    style: _Mood,
+    plan: list[_Bar],
+    voicings: list[list[int]],
+    tonic: int,
+    mode: str,
+    last: float,
+    rng: Rng,
+) -> list[Note]:
     out: list[Note] = []
 
     def low(chord: _Chord, step: int = 0) -> int:
@@ -488,7 +647,11 @@ def _bass(instrument: str, style: _Mood, plan: list[_Bar], voicings: list[list[i
             else:
                 out.append(Note(at, 3.95, root, v))
         elif style.bass == "fifths":
-            out += [Note(at, 1.4, root, v), Note(at + 1.5, 0.45, root, v * 0.75), Note(at + 2, 1.0, fifth, v * 0.9)]
+            out += [
+                Note(at, 1.4, root, v),
+                Note(at + 1.5, 0.45, root, v * 0.75),
+                Note(at + 2, 1.0, fifth, v * 0.9),
+            ]
             approach = following + (2 if following < root else -1 if following == root else -2)
             out.append(Note(at + 3, 0.45, root, v * 0.75))
             # A step towards the next root keeps the line walking.
@@ -496,7 +659,9 @@ def _bass(instrument: str, style: _Mood, plan: list[_Bar], voicings: list[list[i
         elif style.bass == "pulse":
             out += [Note(at + 0.5 * i, 0.42, root, v * (1.0 if i % 2 == 0 else 0.75)) for i in range(8)]
         else:  # offbeat
-            out += [Note(at + s, 0.42, p, v) for s, p in ((0.5, root), (1.5, root), (2.5, root + 12), (3.5, root))]
+            out += [
+                Note(at + s, 0.42, p, v) for s, p in ((0.5, root), (1.5, root), (2.5, root + 12), (3.5, root))
+            ]
             if bar.last_of_phrase:
                 out.append(Note(at + 3.75, 0.22, _in_scale(following - 2, tonic, mode), v * 0.8))
     if last > 0.05:
@@ -534,7 +699,16 @@ def _motif(density: str, rng: Rng) -> _Motif:
     return _Motif((one, two), (steps[0], steps[1]))
 
 
-def _melody(instrument: str, style: _Mood, plan: list[_Bar], voicings: list[list[int]], tonic: int, mode: str, last: float, rng: Rng) -> list[Note]:
+def _melody(
+    instrument: str,
+    style: _Mood,
+    plan: list[_Bar],
+    voicings: list[list[int]],
+    tonic: int,
+    mode: str,
+    last: float,
+    rng: Rng,
+) -> list[Note]:
     low, high = _RANGE.get(instrument, (62, 82))
     motifs = {"A": _motif(style.density, rng), "B": _motif(style.density, rng)}
     motifs["C"] = motifs["A"]
@@ -571,13 +745,26 @@ def _melody(instrument: str, style: _Mood, plan: list[_Bar], voicings: list[list
                     pitch = _pitch(degree, tonic, mode, bar.chord)
                 strong = beat in (0.0, 2.0) or size >= 1.5
                 if strong and degree % 7 not in tones:
-                    degree = min((degree + d for d in (-1, 1, -2, 2)), key=lambda d: (d % 7 not in tones, abs(d - degree)))
+                    degree = min(
+                        (degree + d for d in (-1, 1, -2, 2)),
+                        key=lambda d: (d % 7 not in tones, abs(d - degree)),
+                    )
                     pitch = _pitch(degree, tonic, mode, bar.chord)
                 accent = 1.0 if beat in (0.0, 2.0) else 0.86
-                out.append(Note(number * 4.0 + beat, size * 0.94, pitch, style.velocity * (0.8 + 0.25 * bar.energy) * accent))
+                out.append(
+                    Note(
+                        number * 4.0 + beat,
+                        size * 0.94,
+                        pitch,
+                        style.velocity * (0.8 + 0.25 * bar.energy) * accent,
+                    )
+                )
             beat += size
     if last > 0.05 and out:
-        goal = min((d for d in range(-14, 22) if d % 7 in (0, 2)), key=lambda d: (abs(d - degree) + (0.5 if d % 7 else 0)))
+        goal = min(
+            (d for d in range(-14, 22) if d % 7 in (0, 2)),
+            key=lambda d: abs(d - degree) + (0.5 if d % 7 else 0),
+        )
         out.append(Note(len(plan) * 4.0, max(0.3, last), _pitch(goal, tonic, mode), style.velocity * 0.85))
     return out
 
@@ -586,7 +773,16 @@ def _nearest(pitch: Any, wanted: float) -> int:
     return min(range(-14, 22), key=lambda d: abs(pitch(d) - wanted))
 
 
-def _counter(instrument: str, style: _Mood, plan: list[_Bar], voicings: list[list[int]], tonic: int, mode: str, last: float, rng: Rng) -> list[Note]:
+def _counter(
+    instrument: str,
+    style: _Mood,
+    plan: list[_Bar],
+    voicings: list[list[int]],
+    tonic: int,
+    mode: str,
+    last: float,
+    rng: Rng,
+) -> list[Note]:
     """Long answering notes above the chords: the third or fifth, moving by the smallest step."""
     low, high = _RANGE.get(instrument, (62, 82))
     out: list[Note] = []
@@ -595,10 +791,14 @@ def _counter(instrument: str, style: _Mood, plan: list[_Bar], voicings: list[lis
         if "counter" not in bar.layers:
             continue
         classes = {_pitch(bar.chord.degree + s, tonic, mode, bar.chord) % 12 for s in (2, 4)}
-        pitch = min((p for p in range(low, high + 1) if p % 12 in classes), key=lambda p, a=at: (abs(p - a), p))  # type: ignore[misc]
+        pitch = min(
+            (p for p in range(low, high + 1) if p % 12 in classes), key=lambda p, a=at: (abs(p - a), p)
+        )  # type: ignore[misc]
         at = pitch
         start = 2.0 if bar.place % 2 else 0.0
-        out.append(Note(number * 4.0 + start, 4.0 - start - 0.1, pitch, style.velocity * (0.55 + 0.25 * bar.energy)))
+        out.append(
+            Note(number * 4.0 + start, 4.0 - start - 0.1, pitch, style.velocity * (0.55 + 0.25 * bar.energy))
+        )
     return out
 
 
@@ -618,11 +818,19 @@ def _drums(style: _Mood, plan: list[_Bar], last: float, rng: Rng) -> list[Note]:
             for i, mark in enumerate(line):
                 if mark == "." or quiet or (fill and i >= 12 and key != KICK):
                     continue
-                strength = (0.92 if mark == "X" else 0.62) * (0.62 if key in (CLOSED_HAT, OPEN_HAT, SHAKER) else 1.0)
+                strength = (0.92 if mark == "X" else 0.62) * (
+                    0.62 if key in (CLOSED_HAT, OPEN_HAT, SHAKER) else 1.0
+                )
                 strength *= 0.75 + 0.25 * bar.energy
-                out.append(Note(at + i * 0.25, 0.2, key, float(np.clip(strength + rng.normal(0, 0.04), 0.08, 1))))
+                out.append(
+                    Note(at + i * 0.25, 0.2, key, float(np.clip(strength + rng.normal(0, 0.04), 0.08, 1)))
+                )
         if fill:
-            voices = {"epic": (LOW_TOM, MID_TOM, LOW_TOM, TIMPANI), "soft": (RIM, CLOSED_HAT, RIM, CLOSED_HAT), "none": (RIM,)}
+            voices = {
+                "epic": (LOW_TOM, MID_TOM, LOW_TOM, TIMPANI),
+                "soft": (RIM, CLOSED_HAT, RIM, CLOSED_HAT),
+                "none": (RIM,),
+            }
             keys = voices.get(style.drums, (SNARE, SNARE, MID_TOM, LOW_TOM))
             for i, key in zip(range(4), itertools.cycle(keys), strict=False):
                 out.append(Note(at + 3 + i * 0.25, 0.2, key, 0.5 + 0.12 * i))

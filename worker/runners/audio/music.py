@@ -33,7 +33,8 @@ def _music(params: AudioMusic, context: JobContext, job: int) -> Iterator[Output
     )  # fmt: skip
     if not score.tracks:
         raise InputError(
-            f"instruments {params.instruments} have nothing to play in a piece of {params.duration_s:g} s; add one", param="instruments"
+            f"instruments {params.instruments} have nothing to play in a piece of {params.duration_s:g} s; add one",
+            param="instruments",
         )
     rate = params.sample_rate
     wave = AudioBuffer(render(context.model, score, rate, report), rate).fit(round(params.duration_s * rate))
@@ -49,7 +50,9 @@ def _music(params: AudioMusic, context: JobContext, job: int) -> Iterator[Output
         "tempo_bpm": round(score.tempo_bpm, 3), "key": score.key, "mood": params.mood, "bars": score.facts["bars"],
         "chords": score.facts["chords"], "form": score.facts["form"], "instruments": sorted({t.instrument for t in score.tracks}),
     }  # fmt: skip
-    yield Output(job, f"music.{params.format}", AUDIO_TYPES[params.format], partial(encode, wave, params.format), meta)
+    yield Output(
+        job, f"music.{params.format}", AUDIO_TYPES[params.format], partial(encode, wave, params.format), meta
+    )
     facts = {k: meta[k] for k in ("tempo_bpm", "key", "bars")}
     yield Output(job, "music.mid", "audio/midi", midi(score), facts)
     context.progress(job, 1.0)

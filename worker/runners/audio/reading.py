@@ -15,11 +15,13 @@ _ABBREVIATIONS = frozenset(
 )
 _OFTEN_LAST = frozenset("etc jr sr inc ltd co corp a.m p.m ph.d b.c a.d al ave blvd rd est dept".split())
 _BEFORE_NUMBER = frozenset("no nos fig figs vol vols ca c p pp ch sec art approx".split())
-_STARTERS = frozenset("the a an he she it they we i you this that these those there his her its their our in on at but and so".split())
+_STARTERS = frozenset(
+    "the a an he she it they we i you this that these those there his her its their our in on at but and so".split()
+)
 _MONTHS = frozenset("jan feb mar apr jun jul aug sep sept oct nov dec".split())
 
-_END = re.compile(r"[.!?…]+[\"”’')\]»]*(?=\s|$)|[。！？]+[」』”]*")  # noqa: RUF001
-_LAST_WORD = re.compile(r"([^\s(\[\"“‘]+)$")  # noqa: RUF001
+_END = re.compile(r"[.!?…]+[\"”’')\]»]*(?=\s|$)|[。！？]+[」』”]*")
+_LAST_WORD = re.compile(r"([^\s(\[\"“‘]+)$")
 
 
 @dataclass(frozen=True)
@@ -52,12 +54,22 @@ def sentences(text: str) -> list[Sentence]:
 
 def _tidy(text: str) -> str:
     text = unicodedata.normalize("NFC", text).replace("\r\n", "\n").replace("\r", "\n")
-    text = re.sub(r"(?m)^[ \t]*(?:[-*•]|#{1,6})[ \t]+", "\x01", text)  # list items and headings, each a line of its own
-    text = re.sub(r"\[([^\]\n]+)\]\((?:https?:[^)\s]*|#[^)\s]*)\)", r"\1", text)  # a link is read by its words
+    text = re.sub(
+        r"(?m)^[ \t]*(?:[-*•]|#{1,6})[ \t]+", "\x01", text
+    )  # list items and headings, each a line of its own
+    text = re.sub(
+        r"\[([^\]\n]+)\]\((?:https?:[^)\s]*|#[^)\s]*)\)", r"\1", text
+    )  # a link is read by its words
     text = re.sub(r"(\*\*|__|``?`?)(?=\S)(.+?)(?<=\S)\1", r"\2", text)
     text = re.sub(r"(?<!\w)[*_](?=\S)([^*_\n]+?)(?<=\S)[*_](?!\w)", r"\1", text)
     # Pictographs and control characters have no sound.
-    keep = (c if c in "\n\x01" or (unicodedata.category(c) not in ("So", "Cc", "Cf", "Cs", "Co", "Cn") or c in "°©®™") else " " for c in text)
+    keep = (
+        c
+        if c in "\n\x01"
+        or (unicodedata.category(c) not in ("So", "Cc", "Cf", "Cs", "Co", "Cn") or c in "°©®™")
+        else " "
+        for c in text
+    )
     return "".join(keep).replace("\u00a0", " ").replace("\u202f", " ").replace("\u2009", " ")
 
 
@@ -77,7 +89,7 @@ def _split(line: str) -> list[str]:
 
 
 def _ends(before: str, mark: str, after: str) -> bool:
-    head = after.lstrip("\"“‘'([")  # noqa: RUF001
+    head = after.lstrip("\"“‘'([")
     if (mark[0] in ".…" or len(mark) > 1) and (not head or head[0].islower()):
         return False
     if mark != ".":
@@ -104,7 +116,7 @@ def pieces(text: str, limit: int = 260) -> list[str]:
     rest = text.strip()
     while len(rest) > limit:
         window = rest[:limit]
-        marks = [m.end() for m in re.finditer(r"[,;:—–)](?=\s)|\s-(?=\s)", window)]  # noqa: RUF001
+        marks = [m.end() for m in re.finditer(r"[,;:—–)](?=\s)|\s-(?=\s)", window)]
         at = marks[-1] if marks and marks[-1] > limit // 4 else window.rfind(" ")
         at = at if at > 0 else limit  # one endless word
         parts.append(rest[:at].strip())
@@ -147,7 +159,7 @@ _POWER = r"(?:[²³]|\^[23]|(?<=m)[23](?![\d.,]))"
 _MEASURE = re.compile(
     rf"(?P<money>[$£€¥]\s?)?(?<![\w.])(?P<number>{_NUMBER})(?P<scale>{_SCALE})(?P<gap>[\s-]?)"
     rf"(?:(?P<square>sq|cu)\.?\s)?(?P<unit>{_SYMBOL})(?P<power>{_POWER})?"
-    rf"(?:/(?P<per>{_SYMBOL})(?P<perpower>[²³]|\^[23]|[23](?!\d))?)?(?![\w²³/'’]|-\w)"  # noqa: RUF001
+    rf"(?:/(?P<per>{_SYMBOL})(?P<perpower>[²³]|\^[23]|[23](?!\d))?)?(?![\w²³/'’]|-\w)"
 )
 _POWERS = {"2": "square", "3": "cubic", "²": "square", "³": "cubic"}
 _SUPERSCRIPT = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻₀₁₂₃₄₅₆₇₈₉", "0123456789-0123456789")
@@ -178,17 +190,17 @@ _REPLACEMENTS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (r"\bWar II\b", "War Two"),
         (r"\bWar I\b", "War One"),
         (r"\bSaturn V\b", "Saturn five"),
-        (r"(?<=\d)\s?[–‒]\s?(?=\d)", " to "),  # noqa: RUF001
-        (r"(?<![\w.)])[-−](?=\d)", "minus "),  # noqa: RUF001
+        (r"(?<=\d)\s?[–‒]\s?(?=\d)", " to "),
+        (r"(?<![\w.)])[-−](?=\d)", "minus "),
         (r"±\s?", "plus or minus "),
-        (r"[≈~∼]\s?(?=\d)", "about "),  # noqa: RUF001
+        (r"[≈~∼]\s?(?=\d)", "about "),
         (r"\s?≤\s?", " at most "),
         (r"\s?≥\s?", " at least "),
         (r"\s?→\s?", " to "),
-        (r"\s?×\s?(?=10[⁰¹²³⁴⁵⁶⁷⁸⁹⁻])", " times "),  # noqa: RUF001
+        (r"\s?×\s?(?=10[⁰¹²³⁴⁵⁶⁷⁸⁹⁻])", " times "),
         (r"\b(oz|ft|lbs?|hrs?|min|sec|mi|yd|yrs?)\.(?=\s+[a-z(]|[,;:)])", r"\1"),
-        (r"(?<=\d)\s?[x×]\s?(?=\d)", " by "),  # noqa: RUF001
-        (r"\s?×\s?", " times "),  # noqa: RUF001
+        (r"(?<=\d)\s?[x×]\s?(?=\d)", " by "),
+        (r"\s?×\s?", " times "),
         (r"\s?÷\s?", " divided by "),
         (r"\bUS\$", "$"),
         (r"([$£€]\s?\d[\d,.]*)\s?(?:bn|B)\b", r"\1 billion"),
@@ -214,7 +226,9 @@ def spoken(text: str) -> str:
     """
     text = re.sub(r"\bhttps?://(?:www\.)?|\bwww\.", "", text)
     text = re.sub(r"(?<=[a-z0-9])\.(?=(?:com|org|net|io|edu|gov|dev|ai)\b)", " dot ", text)
-    text = re.sub(r"(\d)([½⅓⅔¼¾⅕⅛⅜⅝⅞])", lambda m: f"{m[1]} and {_FRACTIONS[m[2]].replace('one ', 'a ', 1)}", text)
+    text = re.sub(
+        r"(\d)([½⅓⅔¼¾⅕⅛⅜⅝⅞])", lambda m: f"{m[1]} and {_FRACTIONS[m[2]].replace('one ', 'a ', 1)}", text
+    )
     text = re.sub(r"[½⅓⅔¼¾⅕⅛⅜⅝⅞]", lambda m: _FRACTIONS[m[0]], text)
     for pattern, replacement in _REPLACEMENTS:
         text = pattern.sub(replacement, text)
@@ -249,7 +263,9 @@ def _measure(match: re.Match[str]) -> str:
     # An adjective has no plural: 'a 5-km run'.
     single = match["gap"] == "-" or (number in ("1", "1.0") and not match["scale"])
     word = one if single else many
-    square = {"sq": "square", "cu": "cubic"}.get(match["square"] or "") or _POWERS.get((match["power"] or "").lstrip("^"))
+    square = {"sq": "square", "cu": "cubic"}.get(match["square"] or "") or _POWERS.get(
+        (match["power"] or "").lstrip("^")
+    )
     if square:
         word = f"{square} {word}"
     if match["per"]:

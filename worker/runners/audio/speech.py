@@ -55,9 +55,21 @@ def speech(params: list[AudioSpeech], context: JobContext) -> Iterator[Yield]:
             "language": meta["language"],
             "sentences": made.sentences,
         }
-        yield Output(job, f"speech.{one.format}", AUDIO_TYPES[one.format], partial(encode, made.buffer, one.format), meta)
+        yield Output(
+            job,
+            f"speech.{one.format}",
+            AUDIO_TYPES[one.format],
+            partial(encode, made.buffer, one.format),
+            meta,
+        )
         data = json.dumps(timings, ensure_ascii=False, indent=1).encode()
-        yield Output(job, "timings.json", "application/json", data, {"sentences": len(made.sentences), "duration_s": meta["duration_s"]})
+        yield Output(
+            job,
+            "timings.json",
+            "application/json",
+            data,
+            {"sentences": len(made.sentences), "duration_s": meta["duration_s"]},
+        )
         context.progress(job, 1.0)
 
 
@@ -68,7 +80,9 @@ def _say(params: AudioSpeech, voice: Voice, context: JobContext, job: int) -> _S
     if not text.strip():
         raise InputError("text is empty; there is nothing to say", param="text")
     if not reading.speakable(text):
-        raise InputError(f"text {text.strip()[:40]!r} has no letter or digit; there is nothing to say", param="text")
+        raise InputError(
+            f"text {text.strip()[:40]!r} has no letter or digit; there is nothing to say", param="text"
+        )
     # Some 15 characters a second is an even pace; refuse early what cannot fit, not after minutes of work.
     if len(text) / 25 / params.speed > MAX_SPEECH_SECONDS:
         raise InputError(
@@ -103,17 +117,32 @@ def _say(params: AudioSpeech, voice: Voice, context: JobContext, job: int) -> _S
         if abs(own - params.speed) > 1e-6:
             wave = stretch(AudioBuffer(wave[None, :], rate), params.speed / own).samples[0]
         if previous is not None:
-            pause = _silence(params.sentence_pause_s * (1 if sentence.paragraph == previous else 2) / params.speed, rate)
+            pause = _silence(
+                params.sentence_pause_s * (1 if sentence.paragraph == previous else 2) / params.speed, rate
+            )
             parts.append(pause)
             at += pause.size
         previous = sentence.paragraph
-        timed.append({"start_s": round(at / rate, 4), "end_s": round((at + wave.size) / rate, 4), "text": sentence.text})
+        timed.append(
+            {
+                "start_s": round(at / rate, 4),
+                "end_s": round((at + wave.size) / rate, 4),
+                "text": sentence.text,
+            }
+        )
         parts.append(wave)
         at += wave.size
         if at > MAX_SPEECH_SECONDS * rate:
-            raise InputError(f"text is longer than {MAX_SPEECH_SECONDS:g} s of speech; split it", param="text", code="too_large")
+            raise InputError(
+                f"text is longer than {MAX_SPEECH_SECONDS:g} s of speech; split it",
+                param="text",
+                code="too_large",
+            )
     if not timed:
-        raise InputError(f"nothing in the text can be spoken by this voice ({voice.language}): {text.strip()[:40]!r}", param="text")
+        raise InputError(
+            f"nothing in the text can be spoken by this voice ({voice.language}): {text.strip()[:40]!r}",
+            param="text",
+        )
     parts.append(_silence(LEAD_S, rate))
     buffer = AudioBuffer(np.concatenate(parts)[None, :], rate)
     if params.loudness_lufs is not None:
@@ -129,7 +158,8 @@ def _voice_name(params: AudioSpeech, voice: Voice) -> str:
         return voice.voices[0]
     if params.voice not in voice.voices:
         raise InputError(
-            f"voice {params.voice!r} is not one of this model's; allowed: {', '.join(voice.voices[:20])}", param="voice"
+            f"voice {params.voice!r} is not one of this model's; allowed: {', '.join(voice.voices[:20])}",
+            param="voice",
         )
     return params.voice
 
@@ -137,7 +167,10 @@ def _voice_name(params: AudioSpeech, voice: Voice) -> str:
 def _check_language(params: AudioSpeech, voice: Voice) -> None:
     asked, has = params.language, voice.language
     if asked and has != "und" and asked.split("-")[0].lower() != has.split("-")[0].lower():
-        raise InputError(f"language {asked!r} is not spoken by this voice; it speaks {has}. Name another model", param="language")
+        raise InputError(
+            f"language {asked!r} is not spoken by this voice; it speaks {has}. Name another model",
+            param="language",
+        )
 
 
 def _seed(job_seed: int, sentence: int, piece: int) -> int:

@@ -33,11 +33,15 @@ def transcribe(params: list[AudioTranscribe], context: JobContext) -> Iterator[Y
             yield Failure(job, error)
 
 
-def _transcribe(params: AudioTranscribe, recogniser: Recogniser, context: JobContext, job: int) -> Iterator[Output]:
+def _transcribe(
+    params: AudioTranscribe, recogniser: Recogniser, context: JobContext, job: int
+) -> Iterator[Output]:
     language = params.language.split("-")[0].lower() if params.language else None
     if language and recogniser.languages and language not in recogniser.languages:
         known = ", ".join(recogniser.languages)
-        raise InputError(f"language {params.language!r} is not known to this model; it knows {known}", param="language")
+        raise InputError(
+            f"language {params.language!r} is not known to this model; it knows {known}", param="language"
+        )
     if language is None and len(recogniser.languages) == 1:
         language = recogniser.languages[0]
     source = context.fetch(job, params.audio)
@@ -49,7 +53,11 @@ def _transcribe(params: AudioTranscribe, recogniser: Recogniser, context: JobCon
         context.check(job)
         context.progress(job, start / samples.size)
         found, heard = recogniser.transcribe(
-            samples[start:end], language=language, prompt=params.prompt, beam_size=params.beam_size, skip_silence=params.skip_silence
+            samples[start:end],
+            language=language,
+            prompt=params.prompt,
+            beam_size=params.beam_size,
+            skip_silence=params.skip_silence,
         )
         language = language or found
         offset, length = start / RATE, (end - start) / RATE
@@ -69,11 +77,21 @@ def _transcribe(params: AudioTranscribe, recogniser: Recogniser, context: JobCon
         meta["wer"] = accuracy.wer
         facts |= {"wer": accuracy.wer, "accuracy": asdict(accuracy), "reference": str(params.reference)}
     facts["segments"] = [asdict(s) for s in segments]
-    writers = {"text": ("transcript.txt", "text/plain"), "srt": ("transcript.srt", "application/x-subrip"), "vtt": ("transcript.vtt", "text/vtt")}
+    writers = {
+        "text": ("transcript.txt", "text/plain"),
+        "srt": ("transcript.srt", "application/x-subrip"),
+        "vtt": ("transcript.vtt", "text/vtt"),
+    }
     name, media_type = writers[params.format]
     body = text + "\n" if params.format == "text" else subtitles(segments, params.format)
     yield Output(job, name, media_type, body.encode(), meta)
-    yield Output(job, "transcript.json", "application/json", json.dumps(facts, ensure_ascii=False, indent=1).encode(), meta)
+    yield Output(
+        job,
+        "transcript.json",
+        "application/json",
+        json.dumps(facts, ensure_ascii=False, indent=1).encode(),
+        meta,
+    )
     context.progress(job, 1.0)
 
 

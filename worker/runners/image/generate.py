@@ -141,7 +141,7 @@ def _resize(picture: Image.Image, params: ImageGenerate, context: JobContext, jo
                 context.check(job)
                 context.progress(job, 0.8 + 0.15 * fraction)
 
-            picture = engine.upscale(picture, 2 if ratio <= 2.05 else 4, step)
+            picture = engine.upscale(picture, 2 if ratio <= 2.05 else 4, step, smooth_outline=True)
             how = "network"
     scale = min(width / picture.width, height / picture.height)
     size = max(1, round(picture.width * scale)), max(1, round(picture.height * scale))

@@ -56,8 +56,12 @@ def _clip(job: int, params: VideoCompose, context: JobContext) -> Iterator[Outpu
     speech, spans = _spans(job, params, context, narration, total_s)
     burnt = params.subtitles in ("burn", "both")
     limit = subtitle_columns(params.width, params.height) if burnt else subtitles.MAX_COLUMNS
-    cues = subtitles.make_cues(spans, total_s, limit=limit, speech=speech) if params.subtitles != "none" else []
-    edges = share_out([s.duration_s for s in params.scenes], total_s, frames, params.fps, _breaks(spans, speech))
+    cues = (
+        subtitles.make_cues(spans, total_s, limit=limit, speech=speech) if params.subtitles != "none" else []
+    )
+    edges = share_out(
+        [s.duration_s for s in params.scenes], total_s, frames, params.fps, _breaks(spans, speech)
+    )
     kinds = [s.transition or params.transition for s in params.scenes]
     changes = plan_changes(edges, kinds, params.transition_s, params.fps)
     samples = round(frames * RATE / params.fps)
@@ -93,7 +97,9 @@ def _clip(job: int, params: VideoCompose, context: JobContext) -> Iterator[Outpu
         about = {"duration_s": duration, "cues": len(cues)}
         yield Output(job, "subtitles.srt", "application/x-subrip", subtitles.to_srt(cues).encode(), about)
         yield Output(job, "subtitles.vtt", "text/vtt", subtitles.to_vtt(cues).encode(), about)
-    yield Output(job, "poster.jpg", "image/jpeg", encode_image(Image.fromarray(poster), "jpeg", quality=88), size)
+    yield Output(
+        job, "poster.jpg", "image/jpeg", encode_image(Image.fromarray(poster), "jpeg", quality=88), size
+    )
     context.progress(job, 1.0, "done")
 
 
@@ -137,7 +143,10 @@ def _spans(
         file = context.fetch(job, params.narration_timings)
         size = file.path.stat().st_size
         if size > MAX_TIMINGS_BYTES:
-            raise InputError(f"narration_timings has {size:,} bytes; allowed: {MAX_TIMINGS_BYTES:,}", param="narration_timings")
+            raise InputError(
+                f"narration_timings has {size:,} bytes; allowed: {MAX_TIMINGS_BYTES:,}",
+                param="narration_timings",
+            )
         spans = subtitles.parse_timings(file.read_bytes())
         if spans and spans[-1].start_s > narration.duration_s + 1:
             raise InputError(
@@ -319,7 +328,9 @@ class _Film:
                 text, subtext, params.width, params.height, accent=params.accent, background=params.background,
                 on_card=scene.image is None,
             )  # fmt: skip
-        return lower_third(text, subtext, params.width, params.height, accent=params.accent, raised=bool(self._cues))
+        return lower_third(
+            text, subtext, params.width, params.height, accent=params.accent, raised=bool(self._cues)
+        )
 
     def _subtitle(self, seconds: float) -> Sprite | None:
         index = bisect_right(self._starts, seconds) - 1
@@ -327,5 +338,8 @@ class _Film:
             return None
         if self._cue[0] != index:
             params = self._params
-            self._cue = (index, subtitle(self._cues[index].lines, params.width, params.height, params.subtitle_style))
+            self._cue = (
+                index,
+                subtitle(self._cues[index].lines, params.width, params.height, params.subtitle_style),
+            )
         return self._cue[1]

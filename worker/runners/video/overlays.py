@@ -56,7 +56,10 @@ def _sprite(rgba: npt.NDArray[np.float32], x: int, y: int, width: int, height: i
     left, top = max(0, -x), max(0, -y)
     rgba = rgba[top : height - y, left : width - x]
     x, y = max(x, 0), max(y, 0)
-    rows, cols = np.flatnonzero(rgba[..., 3].max(axis=1) > 0.002), np.flatnonzero(rgba[..., 3].max(axis=0) > 0.002)
+    rows, cols = (
+        np.flatnonzero(rgba[..., 3].max(axis=1) > 0.002),
+        np.flatnonzero(rgba[..., 3].max(axis=0) > 0.002),
+    )
     if not rows.size:
         return None
     rgba = rgba[rows[0] : rows[-1] + 1, cols[0] : cols[-1] + 1]
@@ -71,9 +74,13 @@ def _typesetter() -> Typesetter:
     return Typesetter()
 
 
-def _set(pieces: Sequence[Piece | Bar], width: int, height: int, align: str) -> tuple[npt.NDArray[np.float32], int, float, float]:
+def _set(
+    pieces: Sequence[Piece | Bar], width: int, height: int, align: str
+) -> tuple[npt.NDArray[np.float32], int, float, float]:
     """A column of text as premultiplied RGBA in ``[0, 1]``, its margin, its height and its widest line, pixels."""
-    column = _typesetter().column(pieces, width=width, height=height, align=align, cut=("subtext", "text", "cue"))
+    column = _typesetter().column(
+        pieces, width=width, height=height, align=align, cut=("subtext", "text", "cue")
+    )
     rgba = np.asarray(column.picture, dtype=np.float32) / 255
     rgba[..., :3] *= rgba[..., 3:]
     filled = np.flatnonzero(rgba[..., 3].max(axis=0) > 0.01)
@@ -144,7 +151,9 @@ def subtitle(lines: Sequence[str], width: int, height: int, style: str) -> Sprit
     return _sprite(rgba, round((width - inner) / 2) - pad - room, round(foot) - pad - room, width, height)
 
 
-def _rounded(shape: tuple[int, ...], left: float, top: float, right: float, bottom: float, radius: float) -> npt.NDArray[np.float32]:
+def _rounded(
+    shape: tuple[int, ...], left: float, top: float, right: float, bottom: float, radius: float
+) -> npt.NDArray[np.float32]:
     """Coverage of a rectangle with round corners."""
     y, x = np.mgrid[: shape[0], : shape[1]].astype(np.float32) + 0.5
     dx = np.maximum(np.maximum(left + radius - x, x - (right - radius)), 0)
@@ -152,7 +161,9 @@ def _rounded(shape: tuple[int, ...], left: float, top: float, right: float, bott
     return np.clip(radius - np.hypot(dx, dy) + 0.5, 0, 1).astype(np.float32)
 
 
-def title(text: str, subtext: str, width: int, height: int, *, accent: str, background: str, on_card: bool) -> list[Sprite]:
+def title(
+    text: str, subtext: str, width: int, height: int, *, accent: str, background: str, on_card: bool
+) -> list[Sprite]:
     """Large words in the middle, on a card or over a picture.
 
     Args:
@@ -169,10 +180,14 @@ def title(text: str, subtext: str, width: int, height: int, *, accent: str, back
     """
     ink = "#16181d" if on_card and _light(background) else "#ffffff"
     size = min(height * 0.135, width * 0.1)
-    pieces: list[Piece | Bar] = [Piece("text", tidy(text), size, size * 0.42, ink, 700, display=True, max_lines=4)]
+    pieces: list[Piece | Bar] = [
+        Piece("text", tidy(text), size, size * 0.42, ink, 700, display=True, max_lines=4)
+    ]
     pieces.append(Bar(size * 1.1, max(2.0, size * 0.07), accent, size * 0.42))
     if subtext:
-        pieces.append(Piece("subtext", tidy(subtext), size * 0.42, size * 0.26, ink, 400, gap=0.75, max_lines=4))
+        pieces.append(
+            Piece("subtext", tidy(subtext), size * 0.42, size * 0.26, ink, 400, gap=0.75, max_lines=4)
+        )
     inner = round(width * 0.82)
     rgba, pad, text_height, _ = _set(pieces, inner, round(height * 0.74), "center")
     sprites: list[Sprite | None] = []
@@ -183,11 +198,17 @@ def title(text: str, subtext: str, width: int, height: int, *, accent: str, back
         room = round(size * 0.5)
         rgba = _shadowed(np.pad(rgba, ((room, room), (room, room), (0, 0))), size)
         pad += room
-    sprites.append(_sprite(rgba, round((width - inner) / 2) - pad, round((height - text_height) / 2) - pad, width, height))
+    sprites.append(
+        _sprite(
+            rgba, round((width - inner) / 2) - pad, round((height - text_height) / 2) - pad, width, height
+        )
+    )
     return [s for s in sprites if s is not None]
 
 
-def lower_third(text: str, subtext: str, width: int, height: int, *, accent: str, raised: bool) -> list[Sprite]:
+def lower_third(
+    text: str, subtext: str, width: int, height: int, *, accent: str, raised: bool
+) -> list[Sprite]:
     """Words at the lower left (lower right where they run so), beside a bar, over a soft dark ground.
 
     Args:
@@ -202,9 +223,13 @@ def lower_third(text: str, subtext: str, width: int, height: int, *, accent: str
         Sprites to draw in this order.
     """
     size = min(height * 0.075, width * 0.07)
-    pieces: list[Piece | Bar] = [Piece("text", tidy(text), size, size * 0.6, "#ffffff", 700, display=True, max_lines=2)]
+    pieces: list[Piece | Bar] = [
+        Piece("text", tidy(text), size, size * 0.6, "#ffffff", 700, display=True, max_lines=2)
+    ]
     if subtext:
-        pieces.append(Piece("subtext", tidy(subtext), size * 0.6, size * 0.45, "#e9ebf0", 400, gap=0.35, max_lines=2))
+        pieces.append(
+            Piece("subtext", tidy(subtext), size * 0.6, size * 0.45, "#e9ebf0", 400, gap=0.35, max_lines=2)
+        )
     bar = max(3, round(size * 0.14))
     gap = round(size * 0.42)
     left = round(width * (_SAFE + 0.015))
@@ -241,5 +266,3 @@ def _shadowed(rgba: npt.NDArray[np.float32], size: float) -> npt.NDArray[np.floa
 def _light(colour: str) -> bool:
     red, green, blue = parse_colour(colour)
     return 0.2126 * red + 0.7152 * green + 0.0722 * blue > 150
-
-

@@ -64,9 +64,15 @@ class Shot:
         cy = self.first.y + (self.last.y - self.first.y) * way
         step = view_width / width
         # Centres of pixels lie at halves.
-        matrix = np.array([[step, 0, cx - step * (width - 1) / 2 - 0.5], [0, step, cy - step * (height - 1) / 2 - 0.5]])
+        matrix = np.array(
+            [[step, 0, cx - step * (width - 1) / 2 - 0.5], [0, step, cy - step * (height - 1) / 2 - 0.5]]
+        )
         return cv2.warpAffine(  # type: ignore[return-value]
-            self.work, matrix, (width, height), flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP, borderMode=cv2.BORDER_REPLICATE
+            self.work,
+            matrix,
+            (width, height),
+            flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP,
+            borderMode=cv2.BORDER_REPLICATE,
         )
 
 
@@ -117,7 +123,11 @@ def make_shot(
         The shot.
     """
     aspect = picture.width / picture.height / (width / height)
-    contained = fit == "contain" or (fit == "auto" and max(aspect, 1 / aspect) > MAX_CROP) or (fit == "auto" and picture.mode == "RGBA")
+    contained = (
+        fit == "contain"
+        or (fit == "auto" and max(aspect, 1 / aspect) > MAX_CROP)
+        or (fit == "auto" and picture.mode == "RGBA")
+    )
     motion = choose_motion(motion, index, contained, aspect)
     if motion == "none":
         zoom = 0.0
@@ -151,7 +161,9 @@ def make_shot(
     return Shot(work, moved(first), moved(last))
 
 
-def _way(motion: Motion, width: float, height: float, frame_aspect: float, closest: float, seconds: float) -> tuple[View, View]:
+def _way(
+    motion: Motion, width: float, height: float, frame_aspect: float, closest: float, seconds: float
+) -> tuple[View, View]:
     """First and last view over a picture of that size."""
     widest = min(width, height * frame_aspect)
     cx, cy = width / 2, height / 2
@@ -185,7 +197,9 @@ def _resize(picture: Image.Image, box: tuple[float, float, float, float], scale:
     return np.ascontiguousarray(picture.resize(size, Image.Resampling.LANCZOS, box=box))
 
 
-def _contain(picture: Image.Image, width: int, height: int, closest: float, fine: float, background: str) -> Frame:
+def _contain(
+    picture: Image.Image, width: int, height: int, closest: float, fine: float, background: str
+) -> Frame:
     """The whole picture in a frame's shape, over a blurred copy of itself, or over the background where it is transparent."""
     canvas_width, canvas_height = round(width * closest * fine), round(height * closest * fine)
     # At the closest view the picture still fits.
@@ -199,7 +213,12 @@ def _contain(picture: Image.Image, width: int, height: int, closest: float, fine
         canvas = _backdrop(rgb, canvas_width, canvas_height)
         front = _resize(rgb, box, scale, fine)
     if picture.mode == "RGBA":
-        alpha = _resize(picture.getchannel("A").convert("RGB"), box, scale * 0.84, fine)[..., :1].astype(np.float32) / 255
+        alpha = (
+            _resize(picture.getchannel("A").convert("RGB"), box, scale * 0.84, fine)[..., :1].astype(
+                np.float32
+            )
+            / 255
+        )
     else:
         alpha = None
     y, x = (canvas_height - front.shape[0]) // 2, (canvas_width - front.shape[1]) // 2
@@ -229,7 +248,7 @@ def _backdrop(picture: Image.Image, width: int, height: int) -> Frame:
 def card(width: int, height: int, colour: str) -> Frame:
     """A calm ground of one colour, a little lighter above than below."""
     base = np.array(parse_colour(colour), np.float32)
-    light = np.linspace(1.12, 0.9, height, dtype=np.float32)[:, None, None]
+    light = np.linspace(1.07, 0.94, height, dtype=np.float32)[:, None, None]
     ground = base * light + np.linspace(5, 0, height, dtype=np.float32)[:, None, None]
     # A grain of half a level hides the bands that a slow gradient shows in 8 bits; it is the same in every run.
     grain = np.random.default_rng(0).random((height, width, 1), dtype=np.float32) - 0.5

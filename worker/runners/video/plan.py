@@ -47,7 +47,10 @@ def share_out(
     """
     n = len(durations)
     if frames < n:
-        raise InputError(f"{n} scenes need at least {n} frames; the clip has {frames} ({total_s:.2f} s at {fps} a second)", param="scenes")
+        raise InputError(
+            f"{n} scenes need at least {n} frames; the clip has {frames} ({total_s:.2f} s at {fps} a second)",
+            param="scenes",
+        )
     free = [i for i, d in enumerate(durations) if d is None]
     fixed = sum(d for d in durations if d is not None)
     left = total_s - fixed

@@ -86,7 +86,9 @@ def _fill(music: AudioBuffer, samples: int) -> AudioBuffer:
             rise = np.sin(np.linspace(0, math.pi / 2, cross, endpoint=False, dtype=np.float32))
             n = min(cross, block.shape[1])
             block[:, :n] *= rise[:n]
-            out[:, at : at + n] *= np.cos(np.linspace(0, math.pi / 2, cross, endpoint=False, dtype=np.float32))[:n]
+            out[:, at : at + n] *= np.cos(
+                np.linspace(0, math.pi / 2, cross, endpoint=False, dtype=np.float32)
+            )[:n]
         out[:, at : at + block.shape[1]] += block
         at += max(1, have - cross)
     return AudioBuffer(out, RATE)

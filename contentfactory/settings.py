@@ -127,6 +127,10 @@ class Settings(BaseSettings):
         default="auto", description="console lines or JSON; auto: console on a terminal"
     )
     log_max_mb: int = Field(default=10, ge=1, le=10_000, description="megabytes at which a service's log file is rotated")
+    metrics_host: str = Field(default="127.0.0.1", description="address that the timer's metrics are served on")
+    metrics_port: int = Field(
+        default=0, ge=0, le=65535, description="port of the timer's Prometheus metrics and health checks; 0 serves none"
+    )
     flower_host: str = Field(default="127.0.0.1", description="address that Flower listens on")
     flower_port: int = Field(default=5555, ge=0, le=65535, description="Flower's port; 0, or one in use: a free one is taken")
     flower_user: str = Field(default="factory", pattern=r"^[\w.@-]{1,64}$", description="name of Flower's login")

@@ -104,6 +104,8 @@ def progress(conn: Connection, batch_id: str) -> dict[str, dict[str, int]]:
     for kind, n in running:
         out.setdefault(kind, {})["running"] = n
     for states in out.values():
+        for state in ("total", *TERMINAL, "running", "reused"):
+            states.setdefault(str(state), 0)
         ended = sum(states.get(s, 0) for s in TERMINAL)
         states["waiting"] = max(0, states.get("total", 0) - ended - states.get("running", 0))
     return out

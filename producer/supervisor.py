@@ -452,18 +452,21 @@ class Supervisor:
                 self._changed.notify_all()
 
     def _look(self) -> None:
-        """One round: note who ended, start who is due, ask who is not ready yet."""
+        """One round: note who ended, start who is due, then ask who is not ready yet (an answer may take a moment)."""
         for child in self._children:
-            if self._stop.is_set() or child.given_up:
+            if self._stop.is_set():
+                return
+            if child.given_up:
                 continue
             if child.process is not None and child.process.poll() is not None:
                 self._ended(child)
             if child.process is None and child.restart_at is not None and time.monotonic() >= child.restart_at:
                 self._spawn(child)
-            if child.process is not None and not child.is_ready:
-                self._ask(child)
             if child.service.gate and not child.is_ready:
-                return
+                break
+        for child in self._children:
+            if child.process is not None and not child.is_ready and not self._stop.is_set():
+                self._ask(child)
 
     def _ask(self, child: _Child) -> None:
         service = child.service

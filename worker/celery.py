@@ -12,6 +12,7 @@ from celery import Celery, signals
 
 from contentfactory.ids import is_id
 from contentfactory.jobs.spec import load_kinds
+from contentfactory.process import die_with_parent
 from contentfactory.settings import load_settings
 from producer.logs import configure_logs
 from producer.publish import celery_options
@@ -85,6 +86,7 @@ def _logging(**_: Any) -> None:
 
 @signals.worker_process_init.connect
 def _start_child(**_: Any) -> None:
+    die_with_parent()
     configure_logs(settings)
     executor()
 

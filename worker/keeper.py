@@ -55,7 +55,8 @@ class Keeper:
         process = subprocess.Popen(
             [sys.executable, "-m", "worker.keeper"],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1,
-            env={**os.environ, **self._settings.environment()},
+            # Whoever sweeps a dead worker's processes away gives the keeper a moment to give its jobs back (producer.guard).
+            env={**os.environ, **self._settings.environment(), "FACTORY_LINGER_S": "5"},
             # Ctrl-C reaches the whole foreground group: the keeper must outlive the child's last commit.
             start_new_session=False, preexec_fn=_ignore_interrupt,
         )  # fmt: skip
@@ -203,6 +204,8 @@ class _Keeper:
                 break
             if message:
                 said_bye = said_bye or self.take(message)
+                if said_bye:
+                    break
                 if message.get("op") == "hello":
                     next_beat = 0.0
             self.watch()

@@ -162,7 +162,8 @@ class AudioTranscribe(Params):
     )
     beam_size: int = Field(default=5, ge=1, le=5, description="hypotheses kept while decoding; 1 is fastest")
     skip_silence: bool = Field(
-        default=False, description="leave out stretches without speech before transcribing"
+        default=False,
+        description="leave out stretches without speech first (models in the faster-whisper form)",
     )
     model: ModelName | None = Field(default=None, description="recogniser; whisper-tiny.en where left out")
 

@@ -60,7 +60,7 @@ class ImageGenerate(Params):
     background: Background = Field(
         default="transparent", description="what lies behind the subject where the model leaves it open; jpeg takes white"
     )
-    format: ImageFormat = "png"
+    format: ImageFormat = Field(default="png", description="file format")
     quality: Quality = 92
     upscale: Literal["auto", "model", "lanczos"] = Field(
         default="auto", description="how sizes above the model's own are reached: by the upscaling network or by resampling"
@@ -101,7 +101,7 @@ class ImageStylize(Params):
     strength: float = Field(default=1.0, ge=0, le=1, description="0 gives the picture back, 1 the full style")
     keep_colours: bool = Field(default=False, description="take only light and dark from the style")
     max_side: int = Field(default=1024, ge=64, le=2048, description="larger pictures are shrunk to this, pixels")
-    format: ImageFormat = "png"
+    format: ImageFormat = Field(default="png", description="file format")
     quality: Quality = 92
     model: ModelName | None = None
 
@@ -124,7 +124,7 @@ class ImageUpscale(Params):
     max_pixels: int = Field(
         default=16_000_000, ge=4096, le=64_000_000, description="most pixels of the result; a larger one is refused"
     )
-    format: ImageFormat = "png"
+    format: ImageFormat = Field(default="png", description="file format")
     quality: Quality = 92
     model: ModelName | None = None
 
@@ -178,13 +178,13 @@ class ImageCompose(Params):
     )
     accent: Colour | None = Field(default=None, description="colour of the kicker and of ornaments")
     typeface: Literal["sans", "serif"] = Field(default="sans", description="headline in Inter or in Fraunces")
-    align: Literal["auto", "start", "center"] = "auto"
+    align: Literal["auto", "start", "center"] = Field(default="auto", description="how lines of text stand; auto follows the layout and the script")
     picture_fit: Literal["auto", "cover", "contain"] = Field(
         default="auto", description="cover fills its frame and crops; contain shows all of a thing on a tinted ground"
     )
     language: LanguageTag | None = Field(default=None, description="of the text; chooses glyph forms (zh-TW, ja, ko …) and hyphens")
     curly: bool = Field(default=True, description="turn straight apostrophes, quotes (English) and three dots into typographic ones")
-    format: ImageFormat = "png"
+    format: ImageFormat = Field(default="png", description="file format")
     quality: Quality = 92
 
     @model_validator(mode="after")

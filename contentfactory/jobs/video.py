@@ -65,10 +65,11 @@ class Scene(BaseModel):
 
 
 def _seconds(params: "VideoCompose") -> float:
-    """Compute seconds of one clip on the reference CPU: encoding goes by pixels, setting up by scenes."""
+    """Compute seconds of one clip on the reference CPU: encoding goes by pixels and seconds of sound, setting up by scenes."""
     length = _length(params)
     pixels = params.width * params.height * params.fps * length
-    return 0.5 + 0.15 * len(params.scenes) + pixels / 28_000_000
+    sound = 0.06 * length if params.narration is not None or params.music is not None else 0.0
+    return 0.5 + 0.1 * len(params.scenes) + sound + pixels / 32_000_000
 
 
 def _length(params: "VideoCompose") -> float:

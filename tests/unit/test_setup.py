@@ -1,4 +1,4 @@
-"""The choice of torch's build in scripts/setup.py, from what pip says it would install."""
+"""The scripts: the choice of torch's build, pins for everything that is installed, and the reference pages."""
 
 import importlib.util
 import json
@@ -80,3 +80,20 @@ def test_every_extra_is_pinned() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     wanted = {name(r) for group in [project["dependencies"], *project["optional-dependencies"].values()] for r in group}
     assert wanted - {"contentfactory"} - pinned == set()
+
+
+def test_every_package_with_model_files_is_pinned() -> None:
+    from importlib.metadata import version
+
+    from contentfactory.catalogue import load_catalogue
+
+    lines = (ROOT / "requirements/models.txt").read_text() + (ROOT / "constraints.txt").read_text()
+    pins = {line.split()[0].lower() for line in lines.splitlines() if line.strip()}
+    packages = {model.distribution for model in load_catalogue().values() if model.distribution}
+    assert packages
+    assert [p for p in sorted(packages) if f"{p}=={version(p)}".lower() not in pins] == []
+
+
+def test_the_reference_is_up_to_date() -> None:
+    done = subprocess.run([sys.executable, ROOT / "scripts" / "reference.py", "--check"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -345,7 +345,7 @@ def test_output_goes_to_rotated_logs(tmp_path: Path, settings: Settings) -> None
 
 
 def test_secrets_do_not_show_on_command_lines(settings: Settings) -> None:
-    services = supervisor.plan(settings, flower=5999)
+    services = supervisor.plan(settings, flower=5999, workers={"text,image,audio,video": 1, "train": 1})
     password = supervisor.flower_password(settings)
     assert [s.name for s in services] == ["broker", "flower", "timer", "text-image-audio-video", "train"]
     for service in services:

@@ -4,7 +4,7 @@ Settings are deterministic: temperature 0, no fallback to sampling, and no text 
 that a slip cannot repeat itself through a long recording.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -85,7 +85,10 @@ def load_recogniser(model: ResolvedModel, device: str = "cpu") -> Recogniser:
         raise ModelUnavailable(
             f"model {model.name}: engine {model.engine} needs a folder with the model's files"
         )
-    loaders = {"faster-whisper": _Fast.load, "transformers-whisper": _Transformers.load}
+    loaders: dict[str, Callable[[ResolvedModel, Path, str], Recogniser]] = {
+        "faster-whisper": _Fast.load,
+        "transformers-whisper": _Transformers.load,
+    }
     if model.engine not in loaders:
         raise ModelUnavailable(
             f"model {model.name}: engine {model.engine!r} does not transcribe; allowed: {', '.join(loaders)}"
@@ -143,24 +146,32 @@ class _Fast:
     def _segments(self, found: Any) -> Iterator[Segment]:
         try:
             for one in found:
+                words = _whole(
+                    Word(w.start, w.end, w.word, round(float(w.probability), 4)) for w in one.words or ()
+                )
                 if one.text.strip():
-                    yield Segment(one.start, one.end, one.text.strip(), _whole(one.words or ()))
+                    yield Segment(one.start, one.end, one.text.strip(), words)
         except (RuntimeError, ValueError) as error:
             raise _mapped(error) from None
 
 
-def _whole(found: Any) -> tuple[Word, ...]:
-    """Words as people write them: what Whisper splits at a comma, point or apostrophe ('4' ',500') is one again."""
+def _whole(found: Iterable[Word]) -> tuple[Word, ...]:
+    """Words as people write them: what Whisper splits at a comma, point or apostrophe ('4' ',500') is one again.
+
+    Args:
+        found: Words with the space before them that Whisper writes; none means that the word goes on.
+    """
     words: list[Word] = []
     for one in found:
-        text, likely = one.word, round(float(one.probability), 4)
-        if words and text and not text[0].isspace() and text[0] in ",.'’-%:/)0123456789":
+        text = one.text.strip()
+        if not text:
+            continue
+        if words and one.text[0] in ",.'’-%:/)0123456789":
             last = words[-1]
-            words[-1] = Word(
-                last.start_s, one.end, last.text + text.strip(), min(last.probability or 0.0, likely)
-            )
-        elif text.strip():
-            words.append(Word(one.start, one.end, text.strip(), likely))
+            likely = None if one.probability is None else min(last.probability or 0.0, one.probability)
+            words[-1] = Word(last.start_s, one.end_s, last.text + text, likely)
+        else:
+            words.append(Word(one.start_s, one.end_s, text, one.probability))
     return tuple(words)
 
 
@@ -181,6 +192,7 @@ class _Transformers:
     @classmethod
     def load(cls, model: ResolvedModel, folder: Path, device: str) -> "_Transformers":
         import torch
+        import transformers
         from transformers import (
             AutomaticSpeechRecognitionPipeline,
             WhisperForConditionalGeneration,
@@ -240,15 +252,11 @@ class _Transformers:
         )
 
     def _segments(self, answer: dict[str, Any], end_s: float) -> list[Segment]:
-        chunks = [
-            Word(
-                float(c["timestamp"][0] or 0.0),
-                float(c["timestamp"][1] if c["timestamp"][1] is not None else end_s),
-                c["text"].strip(),
-            )
-            for c in answer.get("chunks", [])
-            if c["text"].strip()
-        ]
+        def timed(chunk: dict[str, Any]) -> Word:
+            start, end = chunk["timestamp"]
+            return Word(float(start or 0.0), float(end if end is not None else end_s), chunk["text"])
+
+        chunks = _whole(timed(c) for c in answer.get("chunks", []))
         if not self.words:
             return [Segment(c.start_s, c.end_s, c.text) for c in chunks]
         found: list[Segment] = []

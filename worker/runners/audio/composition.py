@@ -8,6 +8,7 @@ chord that rings out exactly at the end.
 
 import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -225,7 +226,7 @@ def compose(
     *,
     tempo_bpm: float | None = None,
     key: str | None = None,
-    instruments: list[str] | None = None,
+    instruments: Sequence[str] | None = None,
 ) -> Score:
     """Write a piece.
 
@@ -301,7 +302,7 @@ def _tempo(style: _Mood, duration_s: float, wanted: float | None, rng: Rng) -> t
     return float(np.clip((bars + 1) * 240 / duration_s, own * 0.8, own * 1.25)), bars
 
 
-def _cast(style: _Mood, wanted: list[str] | None) -> dict[str, str]:
+def _cast(style: _Mood, wanted: Sequence[str] | None) -> dict[str, str]:
     if not wanted:
         return dict(style.players)
     pool = list(dict.fromkeys(wanted))
@@ -722,7 +723,7 @@ def _melody(
         motif = motifs[bar.theme if bar.theme in motifs else "A"]
         home = centre + (4 if bar.theme == "B" else 0)
         if bar.place == 0 and bar.phrase > 0:
-            degree = _nearest(lambda d, h=home: _pitch(d, tonic, mode), home)  # type: ignore[misc]
+            degree = _nearest(lambda d, h=home: _pitch(d, tonic, mode), home)
         half = bar.place % 2
         rhythm = closing if bar.last_of_phrase else motif.rhythm[half]
         steps = motif.steps[half]
@@ -793,7 +794,7 @@ def _counter(
         classes = {_pitch(bar.chord.degree + s, tonic, mode, bar.chord) % 12 for s in (2, 4)}
         pitch = min(
             (p for p in range(low, high + 1) if p % 12 in classes), key=lambda p, a=at: (abs(p - a), p)
-        )  # type: ignore[misc]
+        )
         at = pitch
         start = 2.0 if bar.place % 2 else 0.0
         out.append(

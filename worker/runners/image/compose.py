@@ -4,6 +4,7 @@ Text is set first, since it must be readable; the picture gets the room that the
 allows. Positions and sizes are fractions of the card, so that a layout works at any size.
 """
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -293,9 +294,21 @@ def _gradient(width: int, height: int, inner: RGB, outer: RGB, centre: tuple[flo
     scale = max(width, height) * reach
     distance = np.hypot(x - centre[0] * width, y - centre[1] * height) / scale
     blend = np.clip(distance, 0, 1) ** 1.4
-    ramp = np.array(inner) + (np.array(outer) - np.array(inner)) * blend[..., None]
-    noise = np.random.Generator(np.random.PCG64(7)).uniform(-0.5, 0.5, (height, width, 1))
-    return Image.fromarray(np.clip(ramp + noise, 0, 255).round().astype(np.uint8), "RGB")
+    first, last = np.array(inner, np.float32), np.array(outer, np.float32)
+    return _dithered(first + (last - first) * blend[..., None])
+
+
+@functools.cache
+def _noise() -> np.ndarray:
+    tile: np.ndarray = np.random.Generator(np.random.PCG64(7)).uniform(-0.5, 0.5, (256, 256, 1)).astype(np.float32)
+    return tile
+
+
+def _dithered(pixels: np.ndarray) -> Image.Image:
+    """Round (height, width, 3) to a picture; fixed fine noise keeps slow gradients free of bands."""
+    height, width = pixels.shape[:2]
+    noise = np.tile(_noise(), (-(-height // 256), -(-width // 256), 1))[:height, :width]
+    return Image.fromarray((np.clip(pixels + noise, 0, 255) + 0.5).astype(np.uint8))
 
 
 def _mesh(width: int, height: int, lead: RGB, dark: bool) -> Image.Image:
@@ -312,8 +325,7 @@ def _mesh(width: int, height: int, lead: RGB, dark: bool) -> Image.Image:
         colour = np.array(from_oklch((0.42 if dark else 0.62) + step, chroma, hue + turn), np.float32)
         weight = np.exp(-(((x - at_x * right) ** 2 + (y - at_y * bottom) ** 2) / (2 * (radius * 0.55) ** 2)))[..., None]
         field_ = field_ + (colour - field_) * weight * 0.85
-    noise = np.random.Generator(np.random.PCG64(11)).uniform(-0.6, 0.6, (height, width, 1))
-    return Image.fromarray(np.clip(field_ + noise, 0, 255).round().astype(np.uint8), "RGB")
+    return _dithered(field_)
 
 
 def _place_thing(card: _Card, box: tuple[int, int, int, int], *, fill: float, disc: bool = False) -> None:
@@ -571,18 +583,16 @@ def _overlay(card: _Card, logo: Image.Image | None) -> float:
     ramp = np.clip((y - start) / max(1.0, full - start), 0, 1)
     ramp = ramp * ramp * (3 - 2 * ramp)
     pixels = np.asarray(ground, np.float32)
+    sample = pixels[box[1] : box[3] : 3, box[0] : box[2] : 3]
     ratio, strength = 0.0, 0.45
     for strength in (0.45, 0.55, 0.65, 0.72, 0.79, 0.85, 0.9, 0.94, 0.97, 1.0):
-        alpha = (ramp * strength)[..., None]
-        veiled = pixels + (np.array(veil, np.float32) - pixels) * alpha
-        behind = luminance(veiled[box[1]:box[3]:3, box[0]:box[2]:3])
+        behind = luminance(sample + (np.array(veil, np.float32) - sample) * (ramp[box[1]:box[3]:3] * strength)[..., None])
         one = float(luminance(np.array(soft)))
         ratios = (np.maximum(behind, one) + 0.05) / (np.minimum(behind, one) + 0.05)
         ratio = float(np.percentile(ratios, 3))
         if ratio >= 4.6:
             break
-    noise = np.random.Generator(np.random.PCG64(3)).uniform(-0.5, 0.5, (*veiled.shape[:2], 1))
-    card.canvas = Image.fromarray(np.clip(veiled + noise, 0, 255).round().astype(np.uint8), "RGB")
+    card.canvas = _dithered(pixels + (np.array(veil, np.float32) - pixels) * (ramp * strength)[..., None])
     _foot(card, logo, left, width, card.height - end, align, tint)
     _lay(card, column, left, top)
     if ratio < 4.5:

@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 from functools import partial
+from typing import TYPE_CHECKING
 
 import structlog
 
@@ -22,6 +23,9 @@ from producer.logs import configure_logs
 from producer.publish import Publisher
 from producer.services import open_store
 
+if TYPE_CHECKING:
+    from producer.metrics import Metrics
+
 log = structlog.get_logger(__name__)
 
 
@@ -33,10 +37,14 @@ class Timer:
         database: The ledger.
         publisher: Connection to the broker.
         producer: Expands batches.
+        metrics: Told what each round did, where metrics are wanted.
     """
 
-    def __init__(self, settings: Settings, database: Database, publisher: Publisher, producer: Producer) -> None:
+    def __init__(
+        self, settings: Settings, database: Database, publisher: Publisher, producer: Producer, metrics: "Metrics | None" = None
+    ) -> None:
         self.settings = settings
+        self.metrics = metrics
         self.database = database
         self.dispatcher = Dispatcher(database, publisher, settings)
         self.producer = producer
@@ -60,7 +68,10 @@ class Timer:
         states = self.database.run(lambda conn: lifecycle.reap(conn, lease_s=s.lease_s, period_s=s.reaper_period_s))
         if states:
             log.warning("leases_expired", action="reap", **states)
-        self.dispatcher.rescue(QUEUES)
+        for queue in QUEUES:
+            lost = self.dispatcher.rescue([queue])
+            if lost and self.metrics:
+                self.metrics.hints_lost(queue, lost)
         stuck = self.database.run(lifecycle.unblock_stuck)
         if stuck:
             log.warning("blocked_jobs_freed", action="unblock", jobs=stuck)
@@ -69,19 +80,23 @@ class Timer:
         """Work until told to stop; a service that is away is waited for."""
         next_rescue = 0.0
         while not stop.is_set():
-            started = time.monotonic()
+            started, outcome = time.monotonic(), "failed"
             try:
                 self.tick()
                 if started >= next_rescue:
                     next_rescue = started + self.settings.reaper_period_s
                     self.rescue()
+                outcome = "ok"
             except ServiceUnavailable as error:
+                outcome = "unavailable"
                 log.warning("service_unavailable", action="timer", error=error.message)
             except FactoryError as error:
                 log.error("timer_round_failed", action="timer", code=error.code, error=error.message)
             except Exception:
                 # The net must not tear: whatever went wrong in this round, the next one comes.
                 log.exception("timer_round_failed", action="timer")
+            if self.metrics:
+                self.metrics.round(outcome)
             stop.wait(max(0.05, self.settings.dispatch_period_s - (time.monotonic() - started)))
 
 
@@ -95,9 +110,17 @@ def main() -> None:
         signal.signal(number, lambda *_: stop.set())
     database = Database(settings.database())
     publisher = Publisher(settings)
-    timer = Timer(settings, database, publisher, Producer(settings, database, open_store(settings), publisher))
-    log.info("timer_started", action="start")
+    metrics, server = None, None
+    if settings.metrics_port:
+        from producer.metrics import Metrics
+
+        metrics = Metrics(database, publisher)
+        server = metrics.serve(settings.metrics_host, settings.metrics_port)
+    timer = Timer(settings, database, publisher, Producer(settings, database, open_store(settings), publisher), metrics)
+    log.info("timer_started", action="start", metrics_port=server.port if server else None)
     timer.run(stop)
+    if server:
+        server.close()
     publisher.close()
     database.close()
 

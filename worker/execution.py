@@ -29,6 +29,7 @@ from contentfactory.errors import (
 )
 from contentfactory.jobs.spec import KindSpec, OutputRef, get_kind, put_at
 from contentfactory.settings import Settings
+from contentfactory.states import JobState
 from db import jobs, lifecycle
 from db.lifecycle import Claimed, NewArtifact, Stop, Success
 from db.session import Database
@@ -36,6 +37,7 @@ from producer.dispatch import Dispatcher
 from producer.models import find
 from producer.publish import Publisher
 from producer.services import open_store
+from producer.tracing import Attempted, open_tracer
 from storage.keys import artifact_key, suffix_for
 from worker.context import Failure, InputFile, JobContext, NewModel, Output
 from worker.engines.files import ResolvedModel, locate
@@ -120,6 +122,7 @@ class Executor:
         self._device: str | None = settings.device if settings.device != "auto" else None
         self.cache = ModelCache(limit_mb=float(os.environ.get("FACTORY_WORKER_CACHE_MB", settings.model_cache_mb)))
         self.keeper = Keeper(settings, self.worker, queues, settings.device) if keeper else None
+        self.tracer = open_tracer("worker")
         self.uploads = ThreadPoolExecutor(settings.upload_threads, thread_name_prefix="upload")
         self.finishers = ThreadPoolExecutor(1, thread_name_prefix="finish")
         self._slots = threading.BoundedSemaphore(PENDING_GROUPS)
@@ -170,6 +173,7 @@ class Executor:
             reused = self._reuse(spec, ready)
             work = self._share([m for m in ready if m not in reused])
             phases["inputs_s"] = time.monotonic() - started
+            loads = self.cache.loads
             if work:
                 # Jobs that share a forward pass share a model version: it is part of what they are grouped by. A forged
                 # hint may still mix them.
@@ -179,6 +183,7 @@ class Executor:
                 for part in by_model.values():
                     self._compute(spec, part, scratch)
             phases["compute_s"] = time.monotonic() - started - phases["inputs_s"]
+            phases["model_loads"] = self.cache.loads - loads
             if self.keeper:
                 self.keeper.settle(keys)
                 self.keeper.models(self.cache.keys)
@@ -438,13 +443,15 @@ class Executor:
                 self._collect(member, successes, stops, phases)
             phases["upload_s"] = time.monotonic() - begun
             done: list[str] = []
+            stopped: dict[str, JobState | None] = {}
 
             def work(conn: Any) -> list[str]:
-                for stop in stops:
-                    lifecycle.stop(conn, stop)
+                stopped.update({stop.job_id: lifecycle.stop(conn, stop) for stop in stops})
                 return lifecycle.finish(conn, successes)
 
             done = self.database.run(work, tries=8)
+            if self.tracer:
+                self._trace(spec, members, phases, begun - started, {**stopped, **dict.fromkeys(done, JobState.SUCCEEDED)})
             batch_ids = {m.claimed.batch_id for m in members if m.claimed.batch_id}
             if batch_ids:
                 self.database.run(lambda conn: lifecycle.close_batches(conn, batch_ids))
@@ -466,6 +473,20 @@ class Executor:
             self.dispatcher.dispatch()
         except ServiceUnavailable:
             pass  # the timer will
+
+    def _trace(
+        self, spec: KindSpec, members: Sequence[_Member], phases: dict[str, float], uploads_at_s: float, states: Mapping[str, Any]
+    ) -> None:
+        """Tell the tracer how each job of the group fared; those of whom the commit said nothing were fenced."""
+        for member in (one for leader in members for one in (leader, *leader.followers)):
+            c = member.claimed
+            if self.tracer and c.id in states:
+                self.tracer.attempt(
+                    Attempted(
+                        c.id, spec.name, spec.queue, c.attempt, len(members), c.model, c.created_at, c.dispatched_at, c.started_at,
+                        uploads_at_s, phases, states[c.id], member.error.code if member.error else None,
+                    )
+                )  # fmt: skip
 
     def _collect(self, member: _Member, successes: list[Success], stops: list[Stop], phases: Mapping[str, float]) -> None:
         """One computed member and those that follow it: results if every upload arrived, the error otherwise."""

@@ -87,9 +87,9 @@ def list_queues(as_json: Json = False) -> None:
 def _pause(name: str, paused: bool, as_json: bool) -> None:
     from db import lifecycle
 
-    if name not in QUEUES:
-        raise NotFound(f"queue {name!r} does not exist; queues: {', '.join(QUEUES)}")
     with factory() as f:
+        if name not in QUEUES:
+            raise NotFound(f"queue {name!r} does not exist; queues: {', '.join(QUEUES)}")
         f.database.run(lambda conn: lifecycle.pause(conn, "queue", name, paused))
         if not paused:
             f.producer.kick()

@@ -28,10 +28,10 @@ class Cli:
 
     def start(self, *args: str, **options) -> "subprocess.Popen[str]":
         command = [sys.executable, "-m", "contentfactory", *args]
-        return subprocess.Popen(command, env=self.env, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **options)
+        return subprocess.Popen(command, env=self.env, cwd=ROOT, text=True, stdout=subprocess.PIPE, **{"stderr": subprocess.STDOUT, **options})
 
-    def __call__(self, *args: str, code: int | None = 0, timeout: float = 150) -> str:
-        with self.start(*args) as process:
+    def __call__(self, *args: str, code: int | None = 0, timeout: float = 150, **options) -> str:
+        with self.start(*args, **options) as process:
             try:
                 out, _ = process.communicate(timeout=timeout)
             except subprocess.TimeoutExpired:
@@ -42,7 +42,7 @@ class Cli:
         return out
 
     def json(self, *args: str, code: int | None = 0, timeout: float = 150):
-        return json.loads(self(*args, "--json", code=code, timeout=timeout))
+        return json.loads(self(*args, "--json", code=code, timeout=timeout, stderr=subprocess.DEVNULL))
 
     def logs(self) -> str:
         """The end of every service's log, for a failing test's message."""

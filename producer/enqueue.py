@@ -6,7 +6,8 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import structlog
 
 from contentfactory.errors import Conflict, FactoryError, InputError, NotFound, ServiceUnavailable
 from contentfactory.ids import is_id, new_id, stable_seed
-from contentfactory.jobs.spec import Params, canonical, get_kind, iter_inputs, iter_refs
+from contentfactory.jobs.spec import Params, canonical, get_kind, iter_inputs, iter_refs, put_at
 from contentfactory.settings import Settings
 from contentfactory.states import BatchState, JobState, Priority
 from db import batches, jobs, lifecycle, projects, registry
@@ -387,7 +388,7 @@ class Producer:
 
     def _row(self, conn: Any, record: Mapping[str, Any], batch_id: str, project_id: str, pins: ModelPins, rank0: int) -> lifecycle.NewJob:
         spec = get_kind(record["kind"])
-        parsed = _pin_datasets(conn, project_id, _with_ids(spec.validate(record["params"]), batch_id))
+        parsed = _pin_datasets(conn, project_id, _rename_refs(spec.validate(record["params"]), partial(_batch_job, batch_id)))
         try:
             model = pins.pin(spec, getattr(parsed, "model", None))
         except InputError:
@@ -402,7 +403,7 @@ class Producer:
             params=parsed.model_dump(mode="json"), share_key=spec.share_key(parsed, model), seconds=_seconds(spec, parsed),
             seed=seed if seed is not None else stable_seed(record["id"], json.dumps(record["params"], sort_keys=True)),
             model=model, priority=record["priority"],
-            parents=tuple(p if is_id(p, "job") else job_id_for(batch_id, p) for p in record["parents"]),
+            parents=tuple(_batch_job(batch_id, p) for p in record["parents"]),
             reuse=record["reuse"] and spec.cacheable and self.settings.reuse_results, labels=record["labels"],
         )  # fmt: skip
 
@@ -440,10 +441,7 @@ class Producer:
             made = []
             for row in rows:
                 spec = get_kind(row["kind"])
-                text = json.dumps(row["params"])
-                for old, fresh in {**newer, **again}.items():
-                    text = text.replace(old, fresh)
-                parsed = spec.validate(json.loads(text))
+                parsed = _rename_refs(spec.validate(row["params"]), lambda job: again.get(job, newer.get(job, job)))
                 parents = [again.get(p, newer.get(p, p)) for p in jobs.parents(conn, row["id"])]
                 made.append(
                     lifecycle.NewJob(
@@ -502,19 +500,17 @@ def _seconds(spec: Any, parsed: Params) -> float:
         return 1.0
 
 
-def _with_ids(params: Params, batch_id: str) -> Params:
-    """References by ``custom_id`` become references by job id."""
-    if not any(True for _ in iter_refs(params)):
+def _batch_job(batch_id: str, name: str) -> str:
+    """The job that a line of a batch means: an accepted one by its id, or one of the same batch by its ``custom_id``."""
+    return name if is_id(name, "job") else job_id_for(batch_id, name)
+
+
+def _rename_refs(params: Params, rename: Callable[[str], str]) -> Params:
+    """The params with every reference pointing to another name of its job."""
+    refs = list(iter_refs(params))
+    if not refs:
         return params
-
-    def walk(value: Any, model: Any) -> Any:
-        if isinstance(value, dict):
-            if set(value) <= {"job", "output"} and "job" in value:
-                job = value["job"]
-                return {**value, "job": job if is_id(job, "job") else job_id_for(batch_id, job)}
-            return {k: walk(v, model) for k, v in value.items()}
-        if isinstance(value, list):
-            return [walk(v, model) for v in value]
-        return value
-
-    return type(params).model_validate(walk(params.model_dump(mode="json"), None))
+    data = params.model_dump(mode="json")
+    for path, ref in refs:
+        put_at(data, path, {"job": rename(ref.job), "output": ref.output})
+    return type(params).model_validate(data)

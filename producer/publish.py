@@ -42,6 +42,8 @@ def celery_options() -> dict[str, Any]:
         "task_default_queue": "text",
         "task_create_missing_queues": True,
         "enable_utc": True,
+        # Tells Flower each message's queue.
+        "task_send_sent_event": True,
     }
 
 

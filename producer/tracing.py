@@ -11,6 +11,7 @@ their specification says, ``OTEL_TRACES_SAMPLER`` first of all: with a million j
 import hashlib
 import os
 import threading
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -106,6 +107,7 @@ class Tracer:
         from opentelemetry.sdk.trace import TracerProvider
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
         from opentelemetry.sdk.trace.id_generator import RandomIdGenerator
+        from opentelemetry.sdk.trace.sampling import ALWAYS_ON
 
         wanted = threading.local()
 
@@ -123,8 +125,11 @@ class Tracer:
 
             exporter = OTLPSpanExporter()
         self._wanted = wanted
+        # The sampler that the environment asks for decides about jobs; spans of a job that it took are all written.
+        self._sampler = TracerProvider(shutdown_on_exit=False).sampler
         # A provider of our own: an application that embeds the producer may have a global one with other plans.
         self._provider = TracerProvider(
+            sampler=ALWAYS_ON,
             resource=Resource.create({"service.namespace": "contentfactory", "service.name": f"contentfactory-{service}"}),
             id_generator=Ids(),
         )
@@ -143,11 +148,11 @@ class Tracer:
         from opentelemetry.sdk.trace.sampling import Decision
 
         trace = trace_id(it.job_id)
-        # The sampler decides by the trace id, so every worker decides alike about one job.
-        if self._provider.sampler.should_sample(None, trace, "job").decision is not Decision.RECORD_AND_SAMPLE:
+        # A function of the id, so every worker decides alike about one job. Not the id itself: half of it is a time stamp and
+        # fixed bits, which a sampler by ratio would take for chance.
+        lot = int.from_bytes(hashlib.sha256(it.job_id.encode()).digest()[8:24], "big")
+        if self._sampler.should_sample(None, lot, "job").decision is not Decision.RECORD_AND_SAMPLE:
             return
-        import time
-
         common: dict[str, Any] = {"factory.job": it.job_id, "factory.kind": it.kind, "factory.queue": it.queue}
         if it.model:
             common["factory.model"] = it.model

@@ -33,7 +33,6 @@ app.conf.update(
     worker_pool_start_method="spawn",
     worker_cancel_long_running_tasks_on_connection_loss=False,
     worker_send_task_events=True,
-    task_send_sent_event=False,
     worker_hijack_root_logger=False,
     worker_redirect_stdouts=False,
     broker_connection_max_retries=None,

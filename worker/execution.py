@@ -478,7 +478,7 @@ class Executor:
         self, spec: KindSpec, members: Sequence[_Member], phases: dict[str, float], uploads_at_s: float, states: Mapping[str, Any]
     ) -> None:
         """Tell the tracer how each job of the group fared; those of whom the commit said nothing were fenced."""
-        for member in (one for leader in members for one in (leader, *leader.followers)):
+        for member in members:
             c = member.claimed
             if self.tracer and c.id in states:
                 self.tracer.attempt(
@@ -528,6 +528,8 @@ class Executor:
         self.uploads.shutdown(wait=True)
         if self.keeper:
             self.keeper.close()
+        if self.tracer:
+            self.tracer.close()
         self.dispatcher.publisher.close()
         self.database.close()
 

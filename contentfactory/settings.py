@@ -114,6 +114,15 @@ class Settings(BaseSettings):
         default=True, description="whether a job whose params, inputs, model and seed equal an earlier one's takes its artifacts"
     )
 
+    # Retention
+    retention_days: float = Field(
+        default=0, ge=0, le=36_500, description="days that ended jobs and their results are kept; 0 keeps them for ever"
+    )
+    sweep_period_s: float = Field(default=3600.0, gt=0, le=604_800, description="seconds between sweeps of what nothing refers to")
+    sweep_window_s: float = Field(
+        default=7200.0, ge=3700, le=2_592_000, description="age in seconds at which an object without a row is deleted"
+    )
+
     # Inputs
     max_input_mb: int = Field(default=512, ge=1, le=100_000, description="largest input file, megabytes")
     input_timeout_s: float = Field(default=60.0, gt=0, le=3600, description="longest fetch of one input address, seconds")

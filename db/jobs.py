@@ -104,6 +104,28 @@ def parents(conn: Connection, job_id: str) -> list[str]:
     return list(conn.execute(select(Dependency.parent_id).where(Dependency.job_id == job_id)).scalars())
 
 
+def children(conn: Connection, job_ids: Sequence[str]) -> list[RowMapping]:
+    """Jobs that wait for these, one level down."""
+    out: list[RowMapping] = []
+    for start in range(0, len(job_ids), 500):
+        waiting = select(Dependency.job_id).where(Dependency.parent_id.in_(job_ids[start : start + 500]))
+        out += conn.execute(select(*COLUMNS).where(Job.id.in_(waiting)).order_by(Job.id)).mappings().all()
+    return out
+
+
+def ids_where(conn: Connection, project_id: str, states: Sequence[str], *, queue: str | None = None, kind: str | None = None,
+              batch_id: str | None = None, limit: int = 1000) -> list[str]:  # fmt: skip
+    """Ids of jobs in these states, oldest first."""
+    query = select(Job.id).where(Job.project_id == project_id, Job.state.in_(list(states))).order_by(Job.id).limit(limit)
+    if queue:
+        query = query.where(Job.queue == queue)
+    if kind:
+        query = query.where(Job.kind == kind)
+    if batch_id:
+        query = query.where(Job.batch_id == batch_id)
+    return list(conn.execute(query).scalars())
+
+
 def latest(conn: Connection, job_ids: Sequence[str]) -> dict[str, str]:
     """The newest retry of each job, where one was made: old id → new id."""
     out: dict[str, str] = {}

@@ -25,7 +25,7 @@ from sqlalchemy import (
     update,
 )
 
-from contentfactory.errors import DependencyFailed
+from contentfactory.errors import DependencyFailed, TransientError
 from contentfactory.ids import new_id
 from contentfactory.jobs.spec import RetryPolicy, get_kind
 from contentfactory.states import ACTIVE, TERMINAL, BatchState, JobState, Priority
@@ -36,6 +36,7 @@ from db.models import (
     BatchCount,
     BatchDelta,
     Dependency,
+    DoomedObject,
     Event,
     Job,
     Mark,
@@ -536,6 +537,8 @@ def finish(conn: Connection, results: Sequence[Success]) -> list[str]:
     if not done:
         return []
     at = database_time(conn)
+    refuse_doomed(conn, [a.object_key for r in results if r.job_id in done for a in r.artifacts])
+    _refuse_gone(conn, [a.object_key for r in results if r.job_id in done and r.reused_from for a in r.artifacts])
     artifacts: list[dict[str, Any]] = []
     models: list[dict[str, Any]] = []
     keyed: list[Success] = []
@@ -598,6 +601,34 @@ def insert_model(conn: Connection, row: dict[str, Any]) -> str:
     return version
 
 
+def refuse_doomed(conn: Connection, keys: Sequence[str]) -> None:
+    """Make sure that the sweep deletes none of these objects: called before rows that point at them are written.
+
+    The shared lock lasts to the end of the transaction. The sweep takes it exclusively to mark what it will delete, and
+    looks for references after that; so either it sees our rows, or we see its mark.
+
+    Raises:
+        TransientError: If one is marked; put it again in another attempt.
+    """
+    if not keys:
+        return
+    if conn.dialect.name == "postgresql":
+        conn.execute(text("SELECT pg_advisory_xact_lock_shared(hashtext('factory:sweep'))"))
+    for chunk in _chunks(list(dict.fromkeys(keys))):
+        doomed = conn.execute(select(DoomedObject.object_key).where(DoomedObject.object_key.in_(chunk)).limit(1)).scalar()
+        if doomed:
+            raise TransientError(f"object {doomed} is being swept; it must be stored again", code="object_swept")
+
+
+def _refuse_gone(conn: Connection, keys: Sequence[str]) -> None:
+    """Results that are taken over must still be somebody's: their own put did not make their objects young again."""
+    for chunk in _chunks(list(dict.fromkeys(keys))):
+        there = set(conn.execute(select(Artifact.object_key).where(Artifact.object_key.in_(chunk))).scalars())
+        gone = sorted(set(chunk) - there)
+        if gone:
+            raise TransientError(f"object {gone[0]} of an earlier result is not kept any more", code="object_swept")
+
+
 def publish(conn: Connection, job_id: str, attempt: int, artifact: NewArtifact) -> bool:
     """Add an artifact to a job that still runs (a checkpoint, a sample grid); one of the same name is replaced.
 
@@ -611,6 +642,7 @@ def publish(conn: Connection, job_id: str, attempt: int, artifact: NewArtifact) 
     ).one_or_none()
     if row is None:
         return False
+    refuse_doomed(conn, [artifact.object_key])
     conn.execute(delete(Artifact).where(Artifact.job_id == job_id, Artifact.name == artifact.name))
     last = conn.execute(select(func.max(Artifact.position)).where(Artifact.job_id == job_id)).scalar()
     # Published ones sort behind the outputs that the commit will number from 0.

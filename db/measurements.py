@@ -130,6 +130,7 @@ class Ended:
         group_size: Jobs in its micro-batch; 0 where the job ended without an attempt.
         phases: Seconds (and counts) of the attempt, as the worker noted them; the same for each member of a micro-batch.
         stored_bytes: Size of the artifacts that it published.
+        reused: Whether it took an earlier equal result.
     """
 
     kind: str
@@ -142,6 +143,7 @@ class Ended:
     group_size: int
     phases: dict[str, Any]
     stored_bytes: int
+    reused: bool = False
 
 
 @dataclass(frozen=True)
@@ -233,6 +235,7 @@ def _ended(conn: Connection, ends: Sequence[tuple[str, int | None, str | None, d
                 Ended(
                     job.kind, job.queue, state, job.priority, error.get("type"), error.get("code"), took,
                     attempt.group_size if attempt else 0, dict(attempt.phases or {}) if attempt else {}, sizes.get(job_id, 0),
+                    state == "succeeded" and job.reused_from is not None,
                 )
             )  # fmt: skip
     return tuple(out)

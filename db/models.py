@@ -123,6 +123,7 @@ class BatchDelta(Base):
 _QUEUED = text("state = 'queued'")
 _DISPATCHED = text("state = 'dispatched'")
 _RUNNING = text("state = 'running'")
+_RETRIED = text("retry_of IS NOT NULL")
 _SUCCEEDED = text("state = 'succeeded'")
 
 
@@ -181,6 +182,7 @@ class Job(Base):
         Index("ix_jobs_batch_line", "batch_id", "line", "id"),
         Index("ix_jobs_batch_state", "batch_id", "state", "id"),
         Index("ix_jobs_project", "project_id", "id"),
+        Index("ix_jobs_retry_of", "retry_of", postgresql_where=_RETRIED, sqlite_where=_RETRIED),
     )
 
 
@@ -297,6 +299,14 @@ class Worker(Base):
     seen_at: Mapped[float]
     running: Mapped[int] = mapped_column(default=0)
     models: Mapped[list[Any]] = mapped_column(default=list)
+
+
+class DoomedObject(Base):
+    """An object that the sweep is about to delete: whoever would reference it must put it again first."""
+
+    __tablename__ = "doomed_objects"
+    object_key: Mapped[str] = mapped_column(String(512), primary_key=True)
+    at: Mapped[float]
 
 
 class Mark(Base):

@@ -1,6 +1,6 @@
 """Projects."""
 
-from sqlalchemy import Connection, Row, select
+from sqlalchemy import Connection, Row, select, update
 
 from contentfactory.ids import new_id
 from db.models import Project
@@ -20,3 +20,8 @@ def ensure(conn: Connection, name: str) -> str:
 def list_all(conn: Connection) -> list[Row[tuple[str, str, float, bool]]]:
     """Id, name, weight and pause of every project."""
     return list(conn.execute(select(Project.id, Project.name, Project.weight, Project.paused).order_by(Project.name)))
+
+
+def set_weight(conn: Connection, project_id: str, weight: float) -> None:
+    """Set a project's weight in the fair share."""
+    conn.execute(update(Project).where(Project.id == project_id).values(weight=weight))

@@ -93,6 +93,7 @@ def add_input(conn: Connection, project_id: str, *, name: str, object_key: str, 
     ).scalar()
     if found:
         return found
+    lifecycle.refuse_doomed(conn, [object_key])
     artifact_id = new_id("art")
     conn.execute(
         insert(Artifact).values(

@@ -186,6 +186,8 @@ class Metrics:
             self._leases.labels(queue).inc()
         if one.state == JobState.SUCCEEDED:
             self._bytes.labels(queue, kind).inc(one.stored_bytes)
+            if one.reused:
+                self._reused.labels(queue, kind).inc()
             if one.job_seconds is not None:
                 self._job_s.labels(queue, _band(one.priority)).observe(max(0.0, one.job_seconds))
         if not one.phases or one.group_size < 1:

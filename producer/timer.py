@@ -22,6 +22,7 @@ from producer.enqueue import Producer
 from producer.logs import configure_logs
 from producer.publish import Publisher
 from producer.services import open_store
+from producer.sweep import sweep
 
 if TYPE_CHECKING:
     from producer.metrics import Metrics
@@ -76,9 +77,20 @@ class Timer:
         if stuck:
             log.warning("blocked_jobs_freed", action="unblock", jobs=stuck)
 
+    def _sweep(self) -> None:
+        try:
+            sweep(self.settings, self.database, self.producer.store)
+        except FactoryError as error:
+            log.warning("sweep_failed", action="sweep", code=error.code, error=error.message)
+        except Exception:
+            log.exception("sweep_failed", action="sweep")
+
     def run(self, stop: threading.Event) -> None:
         """Work until told to stop; a service that is away is waited for."""
         next_rescue = 0.0
+        sweeper: threading.Thread | None = None
+        # Not at the very start: a crash loop of the timer must not become a loop of sweeps.
+        next_sweep = time.monotonic() + self.settings.sweep_period_s / 10
         while not stop.is_set():
             started, outcome = time.monotonic(), "failed"
             try:
@@ -86,6 +98,11 @@ class Timer:
                 if started >= next_rescue:
                     next_rescue = started + self.settings.reaper_period_s
                     self.rescue()
+                if started >= next_sweep and (sweeper is None or not sweeper.is_alive()):
+                    next_sweep = started + self.settings.sweep_period_s
+                    # A listing of millions of objects takes its time; dispatch and rescue must not wait for it.
+                    sweeper = threading.Thread(target=self._sweep, name="sweep", daemon=True)
+                    sweeper.start()
                 outcome = "ok"
             except ServiceUnavailable as error:
                 outcome = "unavailable"

@@ -26,6 +26,7 @@ from contentfactory.errors import (
     LeaseLost,
     ModelUnavailable,
     ServiceUnavailable,
+    TransientError,
 )
 from contentfactory.jobs.spec import KindSpec, OutputRef, get_kind, put_at
 from contentfactory.settings import Settings
@@ -165,7 +166,7 @@ class Executor:
         first = members[0].claimed
         bound = log.bind(kind=spec.name, queue=spec.queue, jobs=len(members), job=first.id, attempt=first.attempt)
         self.settings.scratch.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f"{spec.name}-", dir=self.settings.scratch))
+        scratch = Path(tempfile.mkdtemp(prefix=f"{spec.name}-{os.getpid()}-", dir=self.settings.scratch))
         phases: dict[str, float] = {"wait_s": max(0.0, first.started_at - (first.dispatched_at or first.created_at))}
         self._slots.acquire()
         try:
@@ -459,6 +460,12 @@ class Executor:
                 "committed", action="commit", kind=spec.name, queue=spec.queue, job=members[0].claimed.id, succeeded=len(done),
                 stopped=len(stops), reused=len(reused), seconds=round(time.monotonic() - started, 3),
             )  # fmt: skip
+        except TransientError as error:
+            # Nothing was committed; tell the ledger, which knows how often to try again.
+            told = error.to_dict()
+            stops = [Stop(m.claimed.id, m.claimed.attempt, told, phases) for m in members]
+            self.database.run(lambda conn: [lifecycle.stop(conn, s) for s in stops])
+            log.warning("commit_refused", action="commit", kind=spec.name, code=error.code)
         except ServiceUnavailable as error:
             # The leases run out and another attempt does it again; the objects already lie where that one will put them.
             log.error("commit_failed", action="commit", kind=spec.name, error=error.message)

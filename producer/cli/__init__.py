@@ -38,12 +38,14 @@ app.command("run")(run)
 app.command(
     "submit", context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 )(submit)
-app.add_typer(batch.app, name="batch", help="Batches: plan, run, watch, pause, resume, cancel, retry, deliver.")
-app.add_typer(jobs.app, name="jobs", help="Single jobs: list, show, logs, cancel.")
+app.add_typer(batch.app, name="batch", help="Batches: plan, run, watch, pause, resume, cancel, prioritise, retry, deliver.")
+app.add_typer(jobs.app, name="jobs", help="Single jobs: list, show, logs, cancel, retry, prioritise.")
 app.add_typer(models.app, name="models", help="Models: list, add, show.")
 app.add_typer(models.datasets, name="datasets", help="Data sets: list, add.")
-app.add_typer(system.queues, name="queues", help="Queues: list, pause, resume.")
+app.add_typer(system.queues, name="queues", help="Queues: list, pause, resume, drain.")
 app.add_typer(system.kinds, name="kinds", help="Kinds of job: list, show.")
+app.add_typer(system.projects, name="projects", help="Projects: list, pause, resume, weight.")
 app.command("doctor")(system.doctor)
+app.command("sweep")(system.sweep)
 
 __all__ = ["app"]

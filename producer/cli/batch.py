@@ -1,6 +1,7 @@
 """``factory batch`` and ``factory run``."""
 
 import time
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -234,6 +235,27 @@ def cancel(batch: BatchArg, as_json: Json = False) -> None:
             f.database.run(lambda conn: lifecycle.close_batches(conn, [row["id"]]))
         row = f.find_batch(row["id"])
         emit({"id": row["id"], "state": row["state"]}) if as_json else print_line(f"{row['id']} {row['state']}")
+
+
+@app.command()
+def prioritise(batch: BatchArg, priority: Annotated[int, typer.Argument(min=0, max=100, help="0 to 100.")], as_json: Json = False) -> None:
+    """Give a batch's waiting jobs another priority."""
+    from db import jobs, lifecycle
+
+    with factory() as f:
+        row = f.find_batch(batch)
+        n = 0
+        seen: set[str] = set()
+        while True:
+            with f.database.read() as conn:
+                ids = jobs.ids_where(conn, f.project_id, ["blocked", "queued", "dispatched"], batch_id=row["id"], limit=5000)
+            ids = [i for i in ids if i not in seen]
+            if not ids:
+                break
+            seen.update(ids)
+            n += f.database.run(partial(lifecycle.reprioritise, ids=ids, priority=priority))
+        f.producer.kick()
+        emit({"id": row["id"], "jobs": n, "priority": priority}) if as_json else print_line(f"{n} jobs of {row['id']} have priority {priority} now")
 
 
 @app.command("retry-failed")

@@ -1,13 +1,14 @@
 """``factory jobs``: list, show, logs, cancel."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from contentfactory.errors import NotFound
+from contentfactory.errors import InputError, NotFound
 from contentfactory.states import JobState
 from producer.cli.common import Factory, Json, duration, emit, factory, moment, print_line, table
 
@@ -163,16 +164,76 @@ def _words(data: Mapping[str, Any]) -> str:
     return "  ".join(f"{k}={v}" for k, v in data.items())
 
 
+JobsArg = Annotated[list[str] | None, typer.Argument(help="Job ids, or BATCH:CUSTOM_ID; or choose with the options.")]
+QueueOption = Annotated[str | None, typer.Option(help="Jobs of this queue.")]
+KindOption = Annotated[str | None, typer.Option(help="Jobs of this kind.")]
+AllOption = Annotated[bool, typer.Option("--all", help="Every job of the project.")]
+
+
+def _chosen(f: Factory, ids: list[str] | None, states: Sequence[str], queue: str | None, kind: str | None, everything: bool) -> Iterator[list[str]]:
+    """The jobs that a command means, in chunks; a second look finds none of those that it has dealt with."""
+    from db import jobs
+
+    if ids:
+        if queue or kind or everything:
+            raise InputError("name jobs, or choose them with --queue, --kind or --all; not both")
+        yield [f.find_job(job)["id"] for job in ids]
+        return
+    if not (queue or kind or everything):
+        raise InputError("name at least one job, or choose with --queue, --kind or --all")
+    seen: set[str] = set()
+    while True:
+        with f.database.read() as conn:
+            found = jobs.ids_where(conn, f.project_id, states, queue=queue, kind=kind, limit=1000)
+        fresh = [i for i in found if i not in seen]
+        if not fresh:
+            return
+        seen.update(fresh)
+        yield fresh
+
+
 @app.command()
 def cancel(
-    jobs: Annotated[list[str], typer.Argument(help="Job ids, or BATCH:CUSTOM_ID.")],
-    as_json: Json = False,
+    jobs: JobsArg = None, queue: QueueOption = None, kind: KindOption = None, everything: AllOption = False, as_json: Json = False
 ) -> None:
-    """Cancel jobs: waiting ones at once, running ones as soon as their runner looks up."""
+    """Cancel jobs: waiting ones at once, running ones as soon as their runner looks up. Ended ones stay as they are."""
     from db import lifecycle
 
     with factory() as f:
-        ids = [f.find_job(job)["id"] for job in jobs]
-        found = f.database.run(lambda conn: lifecycle.cancel_jobs(conn, ids))
+        total = {"cancelled": 0, "requested": 0}
+        for ids in _chosen(f, jobs, [s for s in JobState if not s.terminal], queue, kind, everything):
+            found = f.database.run(partial(lifecycle.cancel_jobs, ids=ids))
+            total = {k: total[k] + found[k] for k in total}
         f.database.run(lifecycle.close_batches)
-        emit(found) if as_json else print_line(f"{found['cancelled']} cancelled, {found['requested']} running ones asked to stop")
+        emit(total) if as_json else print_line(f"{total['cancelled']} cancelled, {total['requested']} running ones asked to stop")
+
+
+@app.command()
+def retry(
+    jobs: JobsArg = None, state: Annotated[str, typer.Option(help="With --queue, --kind or --all: failed, dead or cancelled.")] = "dead",
+    queue: QueueOption = None, kind: KindOption = None, everything: AllOption = False, as_json: Json = False,
+) -> None:  # fmt: skip
+    """Run failed, dead or cancelled jobs again as new linked jobs, with the children that failed for their sake."""
+    with factory() as f:
+        if state not in ("failed", "dead", "cancelled"):
+            raise InputError(f"state is {state!r}; allowed: failed, dead, cancelled", param="state")
+        made: list[str] = []
+        for ids in _chosen(f, jobs, [state], queue, kind, everything):
+            made += f.producer.retry_jobs(ids)
+        emit({"jobs": made}) if as_json else print_line("\n".join(made) if made else "nothing to retry")
+
+
+@app.command()
+def prioritise(
+    priority: Annotated[int, typer.Argument(min=0, max=100, help="0 to 100; higher leaves first.")],
+    jobs: JobsArg = None, queue: QueueOption = None, kind: KindOption = None, everything: AllOption = False, as_json: Json = False,
+) -> None:  # fmt: skip
+    """Give waiting jobs another priority."""
+    from db import lifecycle
+
+    with factory() as f:
+        n = 0
+        for ids in _chosen(f, jobs, ["blocked", "queued", "dispatched"], queue, kind, everything):
+            n += f.database.run(partial(lifecycle.reprioritise, ids=ids, priority=priority))
+        f.producer.kick()
+        emit({"jobs": n, "priority": priority}) if as_json else print_line(f"{n} jobs have priority {priority} now")

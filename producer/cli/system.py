@@ -14,6 +14,7 @@ from producer.cli.common import EXIT_SERVICE, Factory, Json, emit, factory, prin
 
 queues = typer.Typer(no_args_is_help=True)
 kinds = typer.Typer(no_args_is_help=True)
+projects = typer.Typer(no_args_is_help=True)
 
 
 @contextmanager
@@ -84,15 +85,19 @@ def list_queues(as_json: Json = False) -> None:
         table([tuple(r.values()) for r in rows], tuple(rows[0]), "no queues")
 
 
-def _pause(name: str, paused: bool, as_json: bool) -> None:
+def _set_paused(f: Factory, name: str, paused: bool) -> None:
     from db import lifecycle
 
+    if name not in QUEUES:
+        raise NotFound(f"queue {name!r} does not exist; queues: {', '.join(QUEUES)}")
+    f.database.run(lambda conn: lifecycle.pause(conn, "queue", name, paused))
+    if not paused:
+        f.producer.kick()
+
+
+def _pause(name: str, paused: bool, as_json: bool) -> None:
     with factory() as f:
-        if name not in QUEUES:
-            raise NotFound(f"queue {name!r} does not exist; queues: {', '.join(QUEUES)}")
-        f.database.run(lambda conn: lifecycle.pause(conn, "queue", name, paused))
-        if not paused:
-            f.producer.kick()
+        _set_paused(f, name, paused)
         emit({"queue": name, "paused": paused}) if as_json else print_line(f"{name} {'paused' if paused else 'goes on'}")
 
 
@@ -106,6 +111,102 @@ def pause(queue: str, as_json: Json = False) -> None:
 def resume(queue: str, as_json: Json = False) -> None:
     """Let a paused queue go on."""
     _pause(queue, False, as_json)
+
+
+@queues.command()
+def drain(
+    queue: str, timeout: Annotated[float, typer.Option(min=0, help="Longest wait, seconds.")] = 3600.0, as_json: Json = False
+) -> None:
+    """Pause a queue and wait until nothing of it runs: before an upgrade or a change of machines."""
+    from db import status
+
+    with factory() as f:
+        _set_paused(f, queue, True)
+        end = time.monotonic() + timeout
+        while True:
+            with f.database.read() as conn:
+                running = status.queues(conn, [queue])[0]["running"]
+            if not running or time.monotonic() > end:
+                break
+            time.sleep(0.5)
+        emit({"queue": queue, "paused": True, "running": running}) if as_json else print_line(
+            f"{queue} is paused" + (f"; {running} jobs still run" if running else ", nothing runs")
+        )
+        if running:
+            raise typer.Exit(1)
+
+
+@projects.command("list")
+def list_projects(as_json: Json = False) -> None:
+    """Projects with their weight in the fair share."""
+    from db import projects as repository
+
+    with factory() as f:
+        with f.database.read() as conn:
+            rows = repository.list_all(conn)
+        if as_json:
+            emit([dict(r._mapping) for r in rows])
+            return
+        table([(r.id, r.name, r.weight, "yes" if r.paused else "") for r in rows], ("id", "name", "weight", "paused"), "no projects")
+
+
+def _project(name: str, paused: bool, as_json: bool) -> None:
+    from db import lifecycle
+
+    with factory() as f:
+        project_id = _find_project(f, name)
+        f.database.run(lambda conn: lifecycle.pause(conn, "project", project_id, paused))
+        if not paused:
+            f.producer.kick()
+        emit({"project": name, "paused": paused}) if as_json else print_line(f"{name} {'paused' if paused else 'goes on'}")
+
+
+def _find_project(f: Factory, name: str) -> str:
+    from db import projects as repository
+
+    with f.database.read() as conn:
+        for row in repository.list_all(conn):
+            if row.name == name:
+                return str(row.id)
+    raise NotFound(f"project {name!r} does not exist; see `factory projects list`")
+
+
+@projects.command("pause")
+def pause_project(name: str, as_json: Json = False) -> None:
+    """Let nothing of a project start any more."""
+    _project(name, True, as_json)
+
+
+@projects.command("resume")
+def resume_project(name: str, as_json: Json = False) -> None:
+    """Let a paused project go on."""
+    _project(name, False, as_json)
+
+
+@projects.command("weight")
+def weight_project(
+    name: str, weight: Annotated[float, typer.Argument(min=0.01, max=1000, help="Share beside others; 1 is usual.")], as_json: Json = False
+) -> None:
+    """Give a project a larger or smaller share of the compute."""
+    from db import projects as repository
+
+    with factory() as f:
+        project_id = _find_project(f, name)
+        f.database.run(lambda conn: repository.set_weight(conn, project_id, weight))
+        emit({"project": name, "weight": weight}) if as_json else print_line(f"{name} has weight {weight:g}")
+
+
+def sweep(
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only count what would go.")] = False, as_json: Json = False
+) -> None:
+    """Remove what is past its retention and what nothing refers to; the timer does it every hour by itself."""
+    from dataclasses import asdict
+
+    from producer.sweep import sweep as run
+
+    with factory() as f:
+        swept = asdict(run(f.settings, f.database, f.store, dry_run=dry_run))
+        emit(swept) if as_json else print_line(", ".join(f"{v} {k}" for k, v in swept.items()))
 
 
 @kinds.command("list")

@@ -1,0 +1,140 @@
+"""What may go: rows of ended jobs past their time, and objects that nothing points at."""
+
+from collections.abc import Sequence
+
+from sqlalchemy import Connection, String, cast, delete, or_, select, text
+
+from contentfactory.states import ACTIVE, TERMINAL
+from db.models import (
+    Artifact,
+    Attempt,
+    Batch,
+    BatchCount,
+    BatchDelta,
+    Dataset,
+    Dependency,
+    DoomedObject,
+    Event,
+    Job,
+    ModelVersion,
+)
+from db.session import insert_for, now
+
+
+def expire_jobs(conn: Connection, older_than_s: float, limit: int = 500) -> int:
+    """Delete ended jobs that are old enough, with their artifacts' rows, attempts and events.
+
+    Jobs of a batch go only once the batch has finished; jobs that made a model version stay as long as the version does,
+    and a job stays while another that is not ended waits for it or takes something from it.
+
+    Args:
+        conn: Connection in a write transaction.
+        older_than_s: Age since their end, seconds.
+        limit: Most jobs in one call.
+
+    Returns:
+        Number of jobs deleted.
+    """
+    open_batches = select(Batch.id).where(Batch.finished_at.is_(None))
+    waiting_children = (
+        select(Dependency.parent_id).join(Job, Job.id == Dependency.job_id).where(Job.state.in_([str(s) for s in ACTIVE]))
+    )
+    ids = list(
+        conn.execute(
+            select(Job.id)
+            .where(Job.state.in_([str(s) for s in TERMINAL]), Job.finished_at < now() - older_than_s)
+            .where(or_(Job.batch_id.is_(None), Job.batch_id.not_in(open_batches)))
+            .where(Job.id.not_in(select(ModelVersion.job_id).where(ModelVersion.job_id.is_not(None))))
+            .where(Job.id.not_in(waiting_children))
+            .order_by(Job.finished_at)
+            .limit(limit)
+        ).scalars()
+    )
+    if not ids:
+        return 0
+    for table, column in ((Artifact, Artifact.job_id), (Attempt, Attempt.job_id), (Dependency, Dependency.job_id), (Event, Event.job_id)):
+        conn.execute(delete(table).where(column.in_(ids)))
+    conn.execute(delete(Job).where(Job.id.in_(ids)))
+    return len(ids)
+
+
+def expire_batches(conn: Connection, older_than_s: float, limit: int = 500) -> int:
+    """Delete finished batches that are old enough and have no job left."""
+    ids = list(
+        conn.execute(
+            select(Batch.id)
+            .where(Batch.finished_at < now() - older_than_s)
+            .where(~select(Job.id).where(Job.batch_id == Batch.id).exists())
+            .limit(limit)
+        ).scalars()
+    )
+    if ids:
+        for table, column in ((BatchCount, BatchCount.batch_id), (BatchDelta, BatchDelta.batch_id), (Event, Event.batch_id)):
+            conn.execute(delete(table).where(column.in_(ids)))
+        conn.execute(delete(Batch).where(Batch.id.in_(ids)))
+    return len(ids)
+
+
+def expire_inputs(conn: Connection, older_than_s: float, limit: int = 500) -> int:
+    """Delete rows of uploaded inputs that are old enough and that no data set, no artifact and no unfinished job names."""
+    candidates = list(
+        conn.execute(
+            select(Artifact.id)
+            .where(Artifact.role == "input", Artifact.job_id.is_(None), Artifact.created_at < now() - older_than_s)
+            .where(Artifact.id.not_in(select(Dataset.artifact_id)))
+            .limit(limit)
+        ).scalars()
+    )
+    gone = []
+    for artifact_id in candidates:
+        named = cast(Job.params, String).like(f"%{artifact_id}%")
+        derived = cast(Artifact.parents, String).like(f"%{artifact_id}%")
+        used = conn.execute(select(Job.id).where(Job.state.in_([str(s) for s in ACTIVE]), named).limit(1)).scalar()
+        if used is None and conn.execute(select(Artifact.id).where(derived).limit(1)).scalar() is None:
+            gone.append(artifact_id)
+    if gone:
+        conn.execute(delete(Artifact).where(Artifact.id.in_(gone)))
+    return len(gone)
+
+
+def expire_events(conn: Connection, older_than_s: float, limit: int = 5000) -> int:
+    """Delete events that are old enough."""
+    ids = list(conn.execute(select(Event.id).where(Event.at < now() - older_than_s).order_by(Event.id).limit(limit)).scalars())
+    for start in range(0, len(ids), 500):
+        conn.execute(delete(Event).where(Event.id.in_(ids[start : start + 500])))
+    return len(ids)
+
+
+def referenced(conn: Connection, keys: Sequence[str]) -> set[str]:
+    """Those of the object keys that something points at."""
+    found: set[str] = set()
+    for start in range(0, len(keys), 500):
+        chunk = keys[start : start + 500]
+        found.update(conn.execute(select(Artifact.object_key).where(Artifact.object_key.in_(chunk))).scalars())
+        for key in chunk:
+            if key not in found:
+                # Sources of batches and files of models lie in JSON columns; both tables are small.
+                inside = f'%"{key}"%'
+                if conn.execute(select(Batch.id).where(Batch.finished_at.is_(None), cast(Batch.source, String).like(inside)).limit(1)).scalar() or conn.execute(select(ModelVersion.id).where(cast(ModelVersion.files, String).like(inside)).limit(1)).scalar():
+                    found.add(key)
+    return found
+
+
+def doom(conn: Connection, keys: Sequence[str]) -> None:
+    """Mark objects as about to be deleted, once every transaction that may be writing rows for them has ended."""
+    if conn.dialect.name == "postgresql":
+        conn.execute(text("SELECT pg_advisory_xact_lock(hashtext('factory:sweep'))"))
+    statement = insert_for(conn, DoomedObject).values([{"object_key": key, "at": now()} for key in keys])
+    conn.execute(statement.on_conflict_do_nothing())
+
+
+def spare(conn: Connection, keys: Sequence[str]) -> None:
+    """Take the marks away: the objects are gone, or stay after all."""
+    conn.execute(delete(DoomedObject).where(DoomedObject.object_key.in_(list(keys))))
+
+
+def left_over(conn: Connection, older_than_s: float) -> list[str]:
+    """Marks of a sweep that died half-way."""
+    return list(conn.execute(select(DoomedObject.object_key).where(DoomedObject.at < now() - older_than_s)).scalars())
+
+

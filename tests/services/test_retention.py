@@ -1,0 +1,226 @@
+"""Retention and sweep: what nothing refers to goes, what something refers to stays, whatever happens in between."""
+
+import os
+import time
+
+import pytest
+from sqlalchemy import func, select, update
+
+from contentfactory.errors import Conflict, NotFound, TransientError
+from contentfactory.ids import new_id
+from contentfactory.settings import load_settings
+from db import batches, jobs, lifecycle, migrate, registry, retention
+from db.lifecycle import NewArtifact, Stop, Success
+from db.models import Artifact, Attempt, Batch, Event, Job
+from db.session import now
+from producer.enqueue import Producer
+from producer.sweep import sweep
+from storage.keys import artifact_key, input_key
+from storage.local import LocalStore
+
+OLD = 3 * 3600
+
+
+@pytest.fixture
+def store(tmp_path):
+    opened = LocalStore(tmp_path / "objects", durable=False, signing_secret=b"0123456789abcdef")
+    yield opened
+    opened.close()
+
+
+@pytest.fixture
+def settings(tmp_path):
+    return load_settings(state_dir=tmp_path / "state", retention_days=1)
+
+
+def put(store, project, data, age=OLD):
+    import hashlib
+
+    sha = hashlib.sha256(data).hexdigest()
+    key = artifact_key(project, sha, ".txt")
+    store.put(key, data, media_type="text/plain")
+    then = time.time() - age
+    os.utime(store.path_of(key), (then, then))
+    return NewArtifact("text.txt", key, sha, len(data), "text/plain")
+
+
+def end(database, ids, artifact, age_days=0.0):
+    claimed = database.run(lambda conn: lifecycle.claim(conn, ids, "w", 30))
+    database.run(lambda conn: lifecycle.finish(conn, [Success(c.id, c.attempt, (artifact,)) for c in claimed]))
+    with database.write() as conn:
+        conn.execute(update(Job).where(Job.id.in_(ids)).values(finished_at=now() - age_days * 86400))
+
+
+def count(database, table):
+    with database.read() as conn:
+        return conn.execute(select(func.count()).select_from(table)).scalar()
+
+
+def test_orphans_go_and_referenced_objects_stay(database, project, make_jobs, store, settings):
+    kept, orphan, young = put(store, project, b"kept"), put(store, project, b"orphan"), put(store, project, b"young", age=60)
+    end(database, make_jobs(1), kept)
+    assert sweep(settings, database, store, dry_run=True).objects == 1
+    assert sweep(settings, database, store).objects == 1
+    assert [store.head(a.object_key) is not None for a in (kept, orphan, young)] == [True, False, True]
+    assert sweep(settings, database, store).objects == 0
+
+
+def test_sources_of_open_batches_and_files_of_models_stay(database, project, store, settings):
+    source, weights = put(store, project, b"source"), put(store, project, b"weights")
+    database.run(
+        lambda conn: batches.create(conn, new_id("batch"), project, "b", source={"object_key": source.object_key}, digest=None, priority=0)
+    )
+    database.run(
+        lambda conn: registry.add_model(
+            conn, project, "m", engine="flow", tasks=["image.generate"], files={"weights": {"object_key": weights.object_key}}, options={}, lineage={}
+        )
+    )
+    assert sweep(settings, database, store).objects == 0
+
+
+def test_ended_jobs_go_after_their_time_with_everything_of_theirs(database, project, make_jobs, store, settings):
+    old, fresh = make_jobs(1), make_jobs(1)
+    end(database, old, put(store, project, b"old"), age_days=2)
+    end(database, fresh, put(store, project, b"fresh"))
+    waiting = make_jobs(1)
+    swept = sweep(settings, database, store)
+    assert (swept.jobs, swept.objects) == (1, 1)
+    with database.read() as conn:
+        assert set(conn.execute(select(Job.id)).scalars()) == {*fresh, *waiting}
+        assert set(conn.execute(select(Artifact.job_id)).scalars()) == set(fresh)
+        assert set(conn.execute(select(Attempt.job_id)).scalars()) == set(fresh)
+
+
+def test_what_others_wait_for_stays(database, project, make_jobs, store, settings):
+    [parent] = make_jobs()
+    [other] = make_jobs()
+    [child] = make_jobs(1, parents=(parent, other))
+    end(database, [parent], put(store, project, b"parent"), age_days=9)
+    assert sweep(settings, database, store).jobs == 0
+    end(database, [other], put(store, project, b"other"), age_days=9)
+    end(database, [child], put(store, project, b"child"), age_days=9)
+    assert sweep(settings, database, store).jobs == 3
+
+
+def test_batches_go_with_their_last_job(database, project, make_jobs, store, settings):
+    batch = new_id("batch")
+
+    def work(conn):
+        batches.create(conn, batch, project, "b", source={}, digest=None, priority=0)
+        batches.advance(conn, batch, 0, 1, 1)
+
+    database.run(work)
+    ids = make_jobs(1, batch_id=batch)
+    database.run(lambda conn: batches.expanded(conn, batch))
+    end(database, ids, put(store, project, b"x"), age_days=2)
+    assert sweep(settings, database, store).jobs == 0, "its batch is not finished"
+    database.run(lifecycle.close_batches)
+    with database.write() as conn:
+        conn.execute(update(Batch).values(finished_at=now() - 2 * 86400))
+    swept = sweep(settings, database, store)
+    assert (swept.jobs, swept.batches) == (1, 1)
+    assert count(database, Event) == 0
+
+
+def test_inputs_go_when_nobody_names_them(database, project, make_jobs, store, settings):
+    def add(data):
+        made = put(store, project, data)
+        key = input_key(project, made.sha256, ".txt")
+        store.put(key, data, media_type="text/plain")
+        return database.run(
+            lambda conn: registry.add_input(conn, project, name="i", object_key=key, sha256=made.sha256, size=len(data), media_type="text/plain")
+        )
+
+    unused, named = add(b"unused"), add(b"named")
+    make_jobs(1, params={"text": f"about {named}"})
+    with database.write() as conn:
+        conn.execute(update(Artifact).values(created_at=now() - 2 * 86400))
+    assert sweep(settings, database, store).inputs == 1
+    with database.read() as conn:
+        assert list(conn.execute(select(Artifact.id)).scalars()) == [named]
+    assert unused != named
+
+
+def test_a_marked_object_cannot_be_published(database, project, make_jobs, store):
+    doomed = put(store, project, b"doomed")
+    ids = make_jobs(1)
+    claimed = database.run(lambda conn: lifecycle.claim(conn, ids, "w", 30))
+    database.run(lambda conn: retention.doom(conn, [doomed.object_key]))
+    with pytest.raises(TransientError, match="is being swept"), database.write() as conn:
+        lifecycle.finish(conn, [Success(claimed[0].id, claimed[0].attempt, (doomed,))])
+    with database.read() as conn:
+        assert conn.execute(select(Job.state)).scalar() == "running", "nothing was committed"
+    database.run(lambda conn: retention.spare(conn, [doomed.object_key]))
+    assert database.run(lambda conn: lifecycle.finish(conn, [Success(claimed[0].id, claimed[0].attempt, (doomed,))])) == ids
+
+
+def test_a_result_that_went_is_not_taken_over(database, project, make_jobs, store):
+    ids = make_jobs(1)
+    claimed = database.run(lambda conn: lifecycle.claim(conn, ids, "w", 30))
+    gone = put(store, project, b"gone")
+    with pytest.raises(TransientError, match="not kept"), database.write() as conn:
+        lifecycle.finish(conn, [Success(claimed[0].id, claimed[0].attempt, (gone,), (), "k" * 64, "job_" + "0" * 32)])
+
+
+def test_scratch_of_dead_processes_goes(database, store, settings):
+    settings.scratch.mkdir(parents=True)
+    (settings.scratch / f"text.echo-{os.getpid()}-alive").mkdir()
+    (settings.scratch / "text.echo-4194304-dead").mkdir()
+    (settings.scratch / "something-else").mkdir()
+    assert sweep(settings, database, store).temporary == 1
+    assert sorted(p.name for p in settings.scratch.iterdir()) == ["something-else", f"text.echo-{os.getpid()}-alive"]
+
+
+# --- retry ---
+
+
+@pytest.fixture
+def producer(database, store, tmp_path):
+    return Producer(load_settings(state_dir=tmp_path / "state"), database, store)
+
+
+def fail(database, job_id):
+    [claimed] = database.run(lambda conn: lifecycle.claim(conn, [job_id], "w", 30))
+    error = {"type": "input", "code": "x", "message": "bad"}
+    database.run(lambda conn: lifecycle.stop(conn, Stop(job_id, claimed.attempt, error)))
+
+
+def test_retrying_a_parent_revives_its_children(database, project, make_jobs, producer, store):
+    [parent] = make_jobs(1, custom_id="story")
+    [child] = make_jobs(1, params={"text": {"job": parent}}, parents=(parent,))
+    [grandchild] = make_jobs(1, params={"text": {"job": child}}, parents=(child,))
+    fail(database, parent)
+    made = producer.retry_jobs([parent])
+    assert len(made) == 3
+    with database.read() as conn:
+        rows = {r["retry_of"]: r for r in (jobs.get(conn, project, i) for i in made)}
+        assert rows[child]["params"]["text"]["job"] == rows[parent]["id"]
+        assert rows[grandchild]["params"]["text"]["job"] == rows[child]["id"]
+        assert jobs.parents(conn, rows[child]["id"]) == [rows[parent]["id"]]
+        assert [rows[i]["state"] for i in (parent, child, grandchild)] == ["queued", "blocked", "blocked"]
+        assert jobs.get(conn, project, parent)["state"] == "failed", "terminal states never change"
+    assert producer.retry_jobs([parent]) == [], "once is enough"
+    end(database, [rows[parent]["id"]], put(store, project, b"story"))
+    with database.read() as conn:
+        assert jobs.get(conn, project, rows[child]["id"])["state"] == "queued"
+
+
+def test_only_ended_jobs_are_retried(make_jobs, producer):
+    [job] = make_jobs()
+    with pytest.raises(Conflict, match="is queued"):
+        producer.retry_jobs([job])
+    with pytest.raises(NotFound):
+        producer.retry_jobs(["job_" + "0" * 32])
+
+
+# --- upgrade ---
+
+
+def test_upgrade_from_the_first_schema_keeps_the_rows(database, project, make_jobs):
+    ids = make_jobs(3)
+    migrate.downgrade(database, "0001")
+    assert migrate.current(database) == "0001"
+    migrate.upgrade(database)
+    assert migrate.differences(database) == []
+    with database.read() as conn:
+        assert set(conn.execute(select(Job.id)).scalars()) == set(ids)

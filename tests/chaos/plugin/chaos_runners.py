@@ -29,8 +29,7 @@ def _run(params, context):
                 time.sleep(60)
         if one.act == "bug":
             raise RuntimeError("a bug on purpose")
-        if one.act == "disk":
-            if chaos_kinds.take_ticket("disk", 20):
+        if one.act == "disk" and chaos_kinds.take_ticket("disk", 20):
                 chaos_kinds.note("inject", fault="disk", group=len(params))
                 raise OSError(errno.ENOSPC, "No space left on device")
         if one.act == "handles" and chaos_kinds.take_ticket("handles", 20):

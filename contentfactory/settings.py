@@ -105,7 +105,9 @@ class Settings(BaseSettings):
     reaper_period_s: float = Field(default=5.0, gt=0, le=600, description="seconds between looks for expired leases")
     dispatch_period_s: float = Field(default=1.0, gt=0, le=60, description="seconds between the timer's dispatches")
     inflight_s: float = Field(
-        default=60.0, gt=0, le=3600, description="estimated compute seconds a queue may have in the broker; the rest waits in SQL"
+        default=10.0, gt=0, le=3600,
+        description="estimated compute seconds a queue may have in the broker for each of its workers; the rest waits in SQL, "
+        "where priority and fairness still reach it",
     )
     drain_s: float = Field(
         default=30.0, ge=0, le=3600, description="seconds a stopping worker gets to finish or release its jobs before it is killed"

@@ -407,6 +407,13 @@ def rescue_dispatched(conn: Connection, queue: str, before: float) -> int:
 # --- claim and heartbeat --------------------------------------------------------------------------------------------
 
 
+_CLAIMED = (
+    Job.id, Job.attempt, Job.project_id, Job.batch_id, Job.custom_id, Job.kind, Job.queue, Job.params, Job.model,
+    Job.seed, Job.reuse, Job.seconds, Job.priority, Job.created_at, Job.dispatched_at, Job.started_at,
+)  # fmt: skip
+"""Columns of `Claimed`, in its order."""
+
+
 def claim(conn: Connection, ids: Sequence[str], worker: str, lease_s: float) -> list[Claimed]:
     """Take jobs for this worker. Whatever is not due, not waiting, cancelled or paused is left out: drop its hint.
 
@@ -439,10 +446,7 @@ def claim(conn: Connection, ids: Sequence[str], worker: str, lease_s: float) -> 
                 state=JobState.RUNNING, attempt=Job.attempt + 1, lease_owner=worker, lease_until=now() + lease_s,
                 started_at=now(), progress=None, message=None, group_size=len(ids),
             )
-            .returning(
-                Job.id, Job.attempt, Job.project_id, Job.batch_id, Job.custom_id, Job.kind, Job.queue, Job.params, Job.model,
-                Job.seed, Job.reuse, Job.seconds, Job.priority, Job.created_at, Job.dispatched_at, Job.started_at,
-            )
+            .returning(*_CLAIMED)
         )  # fmt: skip
         for row in conn.execute(statement):
             claimed[row.id] = Claimed(*row)
@@ -460,6 +464,15 @@ def claim(conn: Connection, ids: Sequence[str], worker: str, lease_s: float) -> 
             [{"job_id": c.id, "attempt": c.attempt, "worker": worker, "group_size": size, "started_at": c.started_at} for c in claimed.values()],
         )
     return [claimed[i] for i in dict.fromkeys(ids) if i in claimed]
+
+
+def claimed_by(conn: Connection, ids: Sequence[str], worker: str) -> list[Claimed]:
+    """Those of the jobs that this worker holds already: what a claim took whose answer was lost."""
+    held: list[Claimed] = []
+    for chunk in _chunks(list(dict.fromkeys(ids))):
+        query = select(*_CLAIMED).where(Job.id.in_(chunk), Job.state == JobState.RUNNING, Job.lease_owner == worker).order_by(Job.id)
+        held += [Claimed(*row) for row in conn.execute(query)]
+    return held
 
 
 @dataclass(frozen=True)

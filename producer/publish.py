@@ -1,6 +1,5 @@
 """Hints on the broker: Celery messages that carry ids, in two bands of priority per queue."""
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +12,7 @@ from contentfactory.errors import ServiceUnavailable
 from contentfactory.settings import Settings
 from contentfactory.states import Priority
 from db.lifecycle import Hint
+from producer import transport
 
 URGENT, ORDINARY = 0, 9
 """Redis priorities: 0 leaves first. Interactive jobs overtake the minute of bulk work that waits in the broker."""
@@ -21,7 +21,8 @@ _SEPARATOR = "\x06\x16"
 
 
 def celery_options() -> dict[str, Any]:
-    """Settings that the sending and the working side must share."""
+    """Settings that the sending and the working side must share; from here on this process checks what a broker hands out."""
+    transport.install()
     return {
         "task_serializer": "json",
         "accept_content": ["json"],
@@ -32,8 +33,7 @@ def celery_options() -> dict[str, Any]:
         "broker_transport_options": {
             "priority_steps": [URGENT, ORDINARY],
             "queue_order_strategy": "priority",
-            # Longer than any job: the lease rescues, and an early redelivery would only be a hint too many.
-            "visibility_timeout": 7 * 24 * 3600,
+            # No visibility timeout: popped hints are not kept in the broker (producer/transport.py); the ledger sends them again.
             "socket_timeout": 15,
             "socket_connect_timeout": 5,
             "socket_keepalive": True,
@@ -96,23 +96,31 @@ class Publisher:
             raise ServiceUnavailable(f"the broker did not answer: {error}", code="broker_unavailable") from None
 
     def oldest(self, queue: str) -> float | None:
-        """Dispatch time (the ledger's clock) of the hint that waits longest; None where none waits.
+        """Dispatch time (the ledger's clock) of the hint that waits longest; None where none waits, 0 where nobody knows.
 
         The list is a queue: what was pushed first lies at its right end.
         """
         found: list[float] = []
         try:
             for key in self._keys(queue):
-                raw = self._redis.lindex(key, -1)
+                raw: Any = self._redis.lindex(key, -1)
                 if raw is None:
                     continue
                 try:
-                    found.append(float(json.loads(raw)["headers"]["dispatched_at"]))
-                except (ValueError, KeyError, TypeError):
-                    continue  # not one of ours; it will be dropped when a worker comes to it
+                    found.append(float(transport.read_hint(raw, queue)["headers"]["dispatched_at"]))
+                except transport.Malformed:
+                    # Whatever waits behind it may be of any age. A worker throws it out when it comes to it.
+                    found.append(0.0)
         except RedisError as error:
             raise ServiceUnavailable(f"the broker did not answer: {error}", code="broker_unavailable") from None
         return min(found, default=None)
+
+    def quarantined(self) -> dict[str, int]:
+        """Items that were no messages of ours and were taken out, by reason."""
+        try:
+            return transport.counts(self._redis)
+        except RedisError as error:
+            raise ServiceUnavailable(f"the broker did not answer: {error}", code="broker_unavailable") from None
 
     def check(self) -> None:
         """Ask the broker for an answer.

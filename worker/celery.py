@@ -23,7 +23,7 @@ settings = load_settings()
 app = Celery("factory", broker=settings.broker(), set_as_current=True)
 app.conf.update(
     celery_options(),
-    # The ledger's lease rescues lost work. Acknowledging late keeps the hint in sight until the claim is made.
+    # The ledger's lease rescues lost work. Acknowledging late keeps the next hint on the broker until this one is done.
     task_acks_late=True,
     task_reject_on_worker_lost=False,
     task_track_started=False,
@@ -36,6 +36,9 @@ app.conf.update(
     worker_hijack_root_logger=False,
     worker_redirect_stdouts=False,
     broker_connection_max_retries=None,
+    # A key of the wrong type, a full broker: try again, never give up.
+    broker_channel_error_retry=True,
+    worker_consumer="worker.consumer:Consumer",
     task_queues=None,
     task_routes={spec.name: {"queue": spec.queue} for spec in load_kinds().values()},
     worker_proc_alive_timeout=120.0,

@@ -5,53 +5,18 @@ import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from contentfactory.errors import FactoryError, InputError, JobCancelled
 from contentfactory.jobs.spec import OutputRef
 from worker.engines.files import ResolvedModel
+from worker.input_file import InputFile
 from worker.models import ModelCache
 
 if TYPE_CHECKING:
     import torch
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class InputFile:
-    """An input on the local disk.
-
-    Args:
-        path: Where it lies; read-only for the runner.
-        media_type: Media type as stored or as sniffed from the bytes, never as claimed by a file name.
-        name: Name for messages.
-        meta: What the artifact's row says of it (``width``, ``duration_s``, ``text`` …).
-    """
-
-    path: Path
-    media_type: str
-    name: str = ""
-    meta: dict[str, Any] = field(default_factory=dict)
-
-    def read_bytes(self) -> bytes:
-        """The whole file."""
-        return self.path.read_bytes()
-
-    def read_text(self) -> str:
-        """The file as UTF-8 text.
-
-        Raises:
-            InputError: If it is not UTF-8.
-        """
-        try:
-            return self.path.read_bytes().decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise InputError(f"input {self.name or self.path.name} is not UTF-8 text: {error}") from None
-
-    def open(self) -> BinaryIO:
-        """The file as a binary stream."""
-        return open(self.path, "rb")
 
 
 @dataclass(frozen=True)

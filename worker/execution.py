@@ -1,21 +1,21 @@
 """The life of a micro-batch in a worker: claim, inputs, runner, upload, one fenced commit."""
 
+import errno
 import hashlib
 import json
 import os
 import shutil
 import socket
 import sys
-import tempfile
 import threading
 import time
 import traceback
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import structlog
 
@@ -49,8 +49,12 @@ from worker.models import ModelCache
 from worker.runners import get_runner
 
 log = structlog.get_logger(__name__)
+T = TypeVar("T")
+_LOCAL_FAULTS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EMFILE, errno.ENFILE, errno.EIO})
 
 KEEP_CHECKPOINTS = 2
+COMMIT_PATIENCE_S = 900.0
+"""How long finished work waits for a ledger that is away, seconds; a worker that is told to stop waits no longer."""
 PENDING_GROUPS = 2
 """Micro-batches that may be encoded, uploaded and committed while the next one computes."""
 
@@ -132,6 +136,7 @@ class Executor:
         self._drain_seen = 0.0
         self._draining = False
         self._models: dict[str, ResolvedModel] = {}
+        self._flying: set[str] = set()
 
     @property
     def device(self) -> str:
@@ -143,13 +148,23 @@ class Executor:
     def run(self, kind: str, ids: Sequence[str]) -> None:
         """Claim these jobs and do what could be claimed. Returns when the runner is done; the commit may still be under way."""
         failpoints.reached(failpoints.BEFORE_CLAIM)
+        tried = False
+
+        def work(conn: Any) -> list[Claimed]:
+            nonlocal tried
+            # The answer to a commit may be lost: what an earlier try took is ours, though nobody told us.
+            taken = lifecycle.claimed_by(conn, [i for i in ids if i not in self._flying], self.worker) if tried else []
+            tried = True
+            return taken + lifecycle.claim(conn, ids, self.worker, self.settings.lease_s)
+
         try:
-            claimed = self.database.run(lambda conn: lifecycle.claim(conn, ids, self.worker, self.settings.lease_s))
+            claimed = self.database.run(work)
         except ServiceUnavailable as error:
             # Nothing was claimed, or it will expire: the hint may go.
             log.warning("claim_failed", action="claim", kind=kind, jobs=len(ids), error=error.message)
             return
         claimed = [c for c in claimed if c.kind == kind] + [c for c in claimed if c.kind != kind]
+        self._flying.update(c.id for c in claimed)
         by_kind: dict[str, list[Claimed]] = {}
         for one in claimed:
             by_kind.setdefault(one.kind, []).append(one)
@@ -168,17 +183,19 @@ class Executor:
             self.keeper.hold(keys, spec.progress_s, limit)
         first = members[0].claimed
         bound = log.bind(kind=spec.name, queue=spec.queue, jobs=len(members), job=first.id, attempt=first.attempt)
-        self.settings.scratch.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f"{spec.name}-{os.getpid()}-", dir=self.settings.scratch))
+        # The process's number tells the sweep whether whoever made the folder still lives.
+        scratch = self.settings.scratch / f"{spec.name}-{os.getpid()}-{uuid.uuid4().hex[:12]}"
+        reused: dict[_Member, Success] = {}
         phases: dict[str, float] = {"wait_s": max(0.0, first.started_at - (first.dispatched_at or first.created_at))}
         self._slots.acquire()
         try:
-            ready = self._prepare(spec, members)
-            reused = self._reuse(spec, ready)
-            work = self._share([m for m in ready if m not in reused])
-            phases["inputs_s"] = time.monotonic() - started
             loads = self.cache.loads
-            if work:
+            try:
+                scratch.mkdir(parents=True, mode=0o700)
+                ready = self._prepare(spec, members)
+                reused.update(self._reuse(spec, ready))
+                work = self._share([m for m in ready if m not in reused])
+                phases["inputs_s"] = time.monotonic() - started
                 # Jobs that share a forward pass share a model version: it is part of what they are grouped by. A forged
                 # hint may still mix them.
                 by_model: dict[str | None, list[_Member]] = {}
@@ -186,7 +203,13 @@ class Executor:
                     by_model.setdefault(member.claimed.model, []).append(member)
                 for part in by_model.values():
                     self._compute(spec, part, scratch)
-            phases["compute_s"] = time.monotonic() - started - phases["inputs_s"]
+            except Exception as error:
+                # A full disk, a ledger that went away: the jobs are told so, and the error's class decides.
+                problem = classify(error)
+                for member in members:
+                    if member not in reused and not member.outputs and not member.models:
+                        member.error = member.error or problem
+            phases["compute_s"] = time.monotonic() - started - phases.setdefault("inputs_s", time.monotonic() - started)
             phases["model_loads"] = self.cache.loads - loads
             if self.keeper:
                 self.keeper.settle(keys)
@@ -196,6 +219,7 @@ class Executor:
             shutil.rmtree(scratch, ignore_errors=True)
             if self.keeper:
                 self.keeper.drop(keys)  # the leases run out and somebody else takes over
+            self._flying.difference_update(i for i, _ in keys)
             raise
         bound.info("computed", action="compute", seconds=round(time.monotonic() - started, 3), reused=len(reused))
         self.finishers.submit(self._finish, spec, members, reused, scratch, phases, started)
@@ -456,7 +480,7 @@ class Executor:
                 failpoints.reached(failpoints.IN_COMMIT)
                 return published
 
-            done = self.database.run(work, tries=8)
+            done = self._commit(work)
             failpoints.reached(failpoints.AFTER_COMMIT)
             if self.tracer:
                 self._trace(spec, members, phases, begun - started, {**stopped, **dict.fromkeys(done, JobState.SUCCEEDED)})
@@ -471,7 +495,7 @@ class Executor:
             # Nothing was committed; tell the ledger, which knows how often to try again.
             told = error.to_dict()
             stops = [Stop(m.claimed.id, m.claimed.attempt, told, phases) for m in members]
-            self.database.run(lambda conn: [lifecycle.stop(conn, s) for s in stops])
+            self._commit(lambda conn: [lifecycle.stop(conn, s) for s in stops])
             log.warning("commit_refused", action="commit", kind=spec.name, code=error.code)
         except ServiceUnavailable as error:
             # The leases run out and another attempt does it again; the objects already lie where that one will put them.
@@ -481,12 +505,25 @@ class Executor:
         finally:
             if self.keeper:
                 self.keeper.drop(keys)
+            self._flying.difference_update(i for i, _ in keys)
             self._slots.release()
             shutil.rmtree(scratch, ignore_errors=True)
         try:
             self.dispatcher.dispatch()
         except ServiceUnavailable:
             pass  # the timer will
+
+    def _commit(self, work: Callable[[Any], T]) -> T:
+        """Commit; while the ledger is away, wait for it. The work is done, and the fence says whether it still counts."""
+        end = time.monotonic() + COMMIT_PATIENCE_S
+        while True:
+            try:
+                return self.database.run(work, tries=8)
+            except ServiceUnavailable as error:
+                if time.monotonic() > end or self._should_release():
+                    raise
+                log.warning("commit_waits", action="commit", error=error.message)
+                time.sleep(0.5)
 
     def _trace(
         self, spec: KindSpec, members: Sequence[_Member], phases: dict[str, float], uploads_at_s: float, states: Mapping[str, Any]
@@ -570,7 +607,11 @@ def _without_refs(resolved: Resolved) -> dict[str, Any]:
 def classify(error: BaseException) -> FactoryError:
     """Any exception as one of ours; its class decides what happens to the job."""
     if isinstance(error, FactoryError):
+        if error.error_class == "service":  # the ledger or the store is away: never the job's fault
+            return TransientError(error.message, code=error.code)
         return error
+    if isinstance(error, OSError) and error.errno in _LOCAL_FAULTS:
+        return TransientError(f"this worker's disk or handles: {error}", code="worker_resources")
     torch = sys.modules.get("torch")
     if isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.cuda.OutOfMemoryError)):
         problem = FactoryError(f"out of memory: {str(error)[:300]}", code="out_of_memory")

@@ -7,7 +7,7 @@ seconds × sample rate × channels are bounded before and while samples are made
 
 import io
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache
@@ -18,10 +18,10 @@ import av
 import av.error
 import numpy as np
 import numpy.typing as npt
-from scipy import ndimage, signal
+import scipy
 
 from contentfactory.errors import InputError
-from contentfactory.jobs.audio import AUDIO_TYPES
+from worker.input_file import InputFile
 
 Samples = npt.NDArray[np.float32]
 
@@ -39,6 +39,7 @@ _GUESSED = ("aac", "mp3", "mpegts", "amr")
 """Containers whose length is only estimated from the bit rate, often wrongly; decoding itself keeps their bound."""
 
 MAX_CHANNELS = 8
+_MAX_BAD = 500
 MAX_SAMPLE_RATE = 384_000
 SILENCE_LUFS = -70.0
 """What `loudness` says of silence: the absolute gate of ITU-R BS.1770."""
@@ -107,7 +108,7 @@ class AudioInfo:
     duration_s: float | None
 
 
-class _Nameless(io.RawIOBase):
+class Nameless(io.RawIOBase):
     """A stream without a name: libav would guess a demuxer from it, and relative references would resolve against it."""
 
     def __init__(self, stream: BinaryIO) -> None:
@@ -130,6 +131,19 @@ class _Nameless(io.RawIOBase):
         return True
 
 
+def container_options(demuxers: Iterable[str]) -> dict[str, str]:
+    """Options of libav for an untrusted file: which demuxers may read it, and how much of it they may read to find out.
+
+    Args:
+        demuxers: Names of the allowed ones.
+    """
+    return {
+        "format_whitelist": ",".join(demuxers), "protocol_whitelist": "none", "max_streams": "64",
+        # What is looked at to find out about the streams, in bytes and packets: the default lets a header cost seconds.
+        "probesize": "5000000", "max_probe_packets": "500",
+    }  # fmt: skip
+
+
 class _Source:
     """An opened file and its audio stream."""
 
@@ -145,10 +159,10 @@ class _Source:
         self._stream = stream
 
     def __enter__(self) -> tuple[Any, Any]:
-        options = {"format_whitelist": ",".join(CONTAINERS), "protocol_whitelist": "none"}
+        options = container_options(CONTAINERS)
         try:
             self._container = av.open(
-                _Nameless(self._stream), mode="r", options=options, metadata_errors="replace"
+                Nameless(self._stream), mode="r", options=options, metadata_errors="replace"
             )
         except MemoryError:
             self._close()
@@ -205,16 +219,23 @@ def _declared_seconds(container: Any, stream: Any) -> float | None:
     return None
 
 
-def probe(source: Path | str | BinaryIO | bytes, *, name: str = "audio") -> AudioInfo:
+def probe(source: InputFile | Path | str | BinaryIO | bytes, *, name: str = "audio") -> AudioInfo:
     """What an audio file, or the sound of a video, says of itself.
 
     Args:
-        source: A local path of the factory's own, a binary stream, or the bytes.
+        source: An input, a local path of the factory's own, a binary stream, or the bytes. An input that is not trusted is
+            looked at in the confined child.
         name: What messages call it.
 
     Raises:
         InputError: If it is not audio of a known kind.
     """
+    if isinstance(source, InputFile):
+        if not source.trusted:
+            from worker import confined
+
+            return confined.probe_audio(source, name=name)
+        source = source.path
     with _Source(source, name) as (container, stream):
         context = stream.codec_context
         return AudioInfo(
@@ -227,7 +248,7 @@ def probe(source: Path | str | BinaryIO | bytes, *, name: str = "audio") -> Audi
 
 
 def decode(
-    source: Path | str | BinaryIO | bytes,
+    source: InputFile | Path | str | BinaryIO | bytes,
     *,
     max_seconds: float,
     sample_rate: int | None = None,
@@ -237,7 +258,8 @@ def decode(
     """Decode an audio file, or the sound of a video.
 
     Args:
-        source: A local path of the factory's own, a binary stream, or the bytes.
+        source: An input, a local path of the factory's own, a binary stream, or the bytes. An input that is not trusted is
+            decoded in the confined child.
         max_seconds: Longest length allowed, seconds; checked against what the file says and again while decoding.
         sample_rate: Resample to this many Hz; the file's own where left out.
         mono: Mix to one channel. Otherwise one channel stays one, and more than two are mixed to stereo.
@@ -249,6 +271,44 @@ def decode(
     Raises:
         InputError: If it cannot be decoded, has no sound, or is longer than allowed.
     """
+    if isinstance(source, InputFile):
+        if not source.trusted:
+            from worker import confined
+
+            return confined.decode_audio(
+                source, max_seconds=max_seconds, sample_rate=sample_rate, mono=mono, name=name
+            )
+        source = source.path
+    found = list(
+        decode_pieces(source, max_seconds=max_seconds, sample_rate=sample_rate, mono=mono, name=name)
+    )
+    samples = np.concatenate([piece for _, piece in found], axis=1)
+    return AudioBuffer(np.ascontiguousarray(samples), found[0][0])
+
+
+def decode_pieces(
+    source: Path | str | BinaryIO | bytes,
+    *,
+    max_seconds: float,
+    sample_rate: int | None = None,
+    mono: bool = False,
+    name: str = "audio",
+) -> Iterator[tuple[int, Samples]]:
+    """What `decode` does, piece by piece and always in this process; at least one piece.
+
+    Args:
+        source: A local path of the factory's own, a binary stream, or the bytes.
+        max_seconds: See `decode`; so for the others.
+        sample_rate: Hz.
+        mono: One channel.
+        name: What messages call it.
+
+    Yields:
+        Sample rate in Hz, and float32 samples ``(channels, n)``.
+
+    Raises:
+        InputError: See `decode`; it may come after pieces.
+    """
     with _Source(source, name) as (container, stream):
         seconds = _declared_seconds(container, stream)
         if container.format.name in _GUESSED:
@@ -258,14 +318,14 @@ def decode(
                 f"{name} is {seconds:.1f} s long; allowed: up to {max_seconds:g} s", code="too_large"
             )
         context = stream.codec_context
+        context.thread_count = 1
         rate = sample_rate or context.sample_rate
         layout = "mono" if mono or context.channels == 1 else "stereo"
         resampler = av.AudioResampler(format="fltp", layout=layout, rate=rate)
         limit = int((max_seconds + 0.5) * rate)
-        parts: list[Samples] = []
         total = bad = good = 0
 
-        def take(frames: Iterable[Any]) -> None:
+        def take(frames: Iterable[Any]) -> Iterator[tuple[int, Samples]]:
             nonlocal total
             for frame in frames:
                 for out in resampler.resample(frame):
@@ -276,16 +336,21 @@ def decode(
                             f"{name} is longer than {max_seconds:g} s, the most that is allowed",
                             code="too_large",
                         )
-                    parts.append(part)
+                    part = part.astype(np.float32, copy=False)
+                    if not np.isfinite(part).all():
+                        part = np.nan_to_num(part, nan=0.0, posinf=0.0, neginf=0.0)
+                    yield rate, part
 
         try:
             for packet in container.demux(stream):
                 try:
-                    take(packet.decode())
+                    yield from take(packet.decode())
                     good += 1
                 except av.error.InvalidDataError:
                     bad += 1  # a torn frame, as cut streams have at their ends; too many of them fail below
-            take([None])
+                    if bad > _MAX_BAD and bad > good // 10:
+                        break  # and a file of nothing else is not gone through to its end
+            yield from take([None])
         except MemoryError:
             raise
         except (av.error.FFmpegError, ValueError, OSError) as error:
@@ -298,10 +363,6 @@ def decode(
         raise InputError(
             f"{name} is corrupt: {bad} of {bad + good} packets cannot be decoded", code="bad_media"
         )
-    samples = np.concatenate(parts, axis=1).astype(np.float32, copy=False)
-    if not np.isfinite(samples).all():
-        samples = np.nan_to_num(samples, nan=0.0, posinf=0.0, neginf=0.0)
-    return AudioBuffer(np.ascontiguousarray(samples), rate)
 
 
 def resample(buffer: AudioBuffer, sample_rate: int) -> AudioBuffer:
@@ -309,7 +370,7 @@ def resample(buffer: AudioBuffer, sample_rate: int) -> AudioBuffer:
     if buffer.sample_rate == sample_rate:
         return buffer
     ratio = Fraction(sample_rate, buffer.sample_rate)
-    out = signal.resample_poly(buffer.samples, ratio.numerator, ratio.denominator, axis=1)
+    out = scipy.signal.resample_poly(buffer.samples, ratio.numerator, ratio.denominator, axis=1)
     return AudioBuffer(np.ascontiguousarray(out, dtype=np.float32), sample_rate)
 
 
@@ -398,7 +459,7 @@ def loudness(buffer: AudioBuffer) -> float:
     piece = step * 300
     for start in range(0, samples.shape[1] // step * step, piece):
         block = samples[:, start : min(start + piece, samples.shape[1] // step * step)]
-        heard, state = signal.sosfilt(sos, block.astype(np.float64), axis=1, zi=state)
+        heard, state = scipy.signal.sosfilt(sos, block.astype(np.float64), axis=1, zi=state)
         energies.append((heard**2).reshape(heard.shape[0], -1, step).mean(axis=2).sum(axis=0))
     tenths = np.concatenate(energies)
     blocks = np.convolve(tenths, np.full(4, 0.25), "valid")
@@ -437,7 +498,7 @@ def peak_db(buffer: AudioBuffer) -> float:
     """Highest true peak (four-fold oversampled), dBFS; -120 for silence."""
     if buffer.samples.shape[1] == 0:
         return -120.0
-    highest = float(np.abs(signal.resample_poly(buffer.samples, 4, 1, axis=1)).max())
+    highest = float(np.abs(scipy.signal.resample_poly(buffer.samples, 4, 1, axis=1)).max())
     return 20 * math.log10(highest) if highest > 1e-6 else -120.0
 
 
@@ -456,10 +517,10 @@ def limit(buffer: AudioBuffer, ceiling_db: float = -1.5, lookahead_s: float = 0.
     need = np.minimum(np.float32(1), np.float32(ceiling) / np.maximum(level, np.float32(1e-9)))
     half = max(1, round(lookahead_s * buffer.sample_rate))
     # The mean of minima over a window never exceeds the need at its centre, so the ceiling holds exactly.
-    low = ndimage.minimum_filter1d(need, 2 * half + 1, mode="nearest")
-    window = signal.windows.hann(2 * half + 1)
+    low = scipy.ndimage.minimum_filter1d(need, 2 * half + 1, mode="nearest")
+    window = scipy.signal.windows.hann(2 * half + 1)
     gain = np.minimum(
-        ndimage.convolve1d(low, (window / window.sum()).astype(np.float32), mode="nearest"), need
+        scipy.ndimage.convolve1d(low, (window / window.sum()).astype(np.float32), mode="nearest"), need
     )
     return AudioBuffer((buffer.samples * gain).astype(np.float32), buffer.sample_rate)
 
@@ -553,7 +614,7 @@ def duck(
     active = np.zeros(steps, bool)
     active[: min(blocks, steps)] = (level > threshold)[:steps]
     # Pauses inside a sentence do not count as silence; then the dip opens early and closes late.
-    active = ndimage.binary_closing(
+    active = scipy.ndimage.binary_closing(
         np.pad(active, 200), structure=np.ones(max(1, round(hold_s / step_s)), bool)
     )[200:-200]
     target = np.where(active, -depth_db, 0.0)
@@ -565,7 +626,7 @@ def duck(
         goal = float(target[i : i + down + 1].min())
         value += np.clip(goal - value, -depth_db / down, depth_db / up)
         curve[i] = value
-    curve = ndimage.gaussian_filter1d(curve, 5.0, mode="nearest")
+    curve = scipy.ndimage.gaussian_filter1d(curve, 5.0, mode="nearest")
     at = np.arange(n) / music.sample_rate / step_s
     gain = 10 ** (np.interp(at, np.arange(steps), curve) / 20)
     return (music.samples * gain).astype(np.float32)
@@ -594,6 +655,8 @@ def encode(buffer: AudioBuffer, format: str, *, bitrate: int | None = None) -> b
     Raises:
         ValueError: If the format is unknown or there are more than two channels.
     """
+    from contentfactory.jobs.audio import AUDIO_TYPES  # not above: the decoder's child does without pydantic
+
     if format not in AUDIO_TYPES:
         raise ValueError(f"audio format is {format!r}; allowed: {', '.join(AUDIO_TYPES)}")
     if buffer.channels > 2:
@@ -639,6 +702,6 @@ def _frames(buffer: AudioBuffer, layout: str, size: int = 48_000) -> Iterable[An
 
 
 __all__ = [
-    "CODECS", "CONTAINERS", "SILENCE_LUFS", "AudioBuffer", "AudioInfo", "channels", "decode", "duck", "encode", "fade", "limit",
+    "CODECS", "CONTAINERS", "SILENCE_LUFS", "AudioBuffer", "AudioInfo", "Nameless", "channels", "container_options", "decode", "decode_pieces", "duck", "encode", "fade", "limit",
     "loudness", "mix", "normalize", "peak_db", "probe", "resample", "stretch",
 ]  # fmt: skip

@@ -15,7 +15,7 @@ from typing import Literal
 from PIL import Image, ImageCms, ImageColor, ImageFile, ImageOps
 
 from contentfactory.errors import InputError
-from worker.context import InputFile
+from worker.input_file import InputFile
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 """Formats that are decoded; of an animation the first frame. TIFF and vector formats stay out: large parsers, rare use."""
@@ -23,11 +23,14 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 MAX_PIXELS = 50_000_000
 MAX_FILE_BYTES = 100 * 1024 * 1024
 MAX_SIDE = 20_000
+MAX_SCANS = 100
+"""Most scans of a progressive JPEG: encoders write about ten; each more is a pass over all pixels for a few bytes of file."""
+Mode = Literal["keep", "RGB", "RGBA", "L"]
 ImageFormat = Literal["png", "jpeg", "webp"]
 MEDIA_TYPES: dict[str, str] = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
 SUFFIXES: dict[str, str] = {"png": ".png", "jpeg": ".jpg", "webp": ".webp"}
 
-_DECODE_FAULTS = (OSError, SyntaxError, ValueError, EOFError, OverflowError, IndexError, KeyError, TypeError,
+DECODE_FAULTS = (OSError, SyntaxError, ValueError, EOFError, OverflowError, IndexError, KeyError, TypeError,
                   struct.error, zlib.error, Image.DecompressionBombError, Image.DecompressionBombWarning)  # fmt: skip
 
 
@@ -36,13 +39,14 @@ def open_image(
     *,
     max_pixels: int = MAX_PIXELS,
     min_side: int = 1,
-    mode: Literal["keep", "RGB", "RGBA", "L"] = "keep",
+    mode: Mode = "keep",
     field: str = "image",
 ) -> Image.Image:
     """Open an untrusted picture.
 
     Args:
-        source: The file; bytes and paths are for files of the factory's own.
+        source: The file. An input that is not trusted is decoded in the confined child; bytes and paths are for files of
+            the factory's own.
         max_pixels: Most pixels (width times height), read from the header before anything is decoded.
         min_side: Shortest width and height allowed, pixels.
         mode: Mode of the result. ``keep`` gives ``RGBA`` where the picture has transparency and ``RGB`` elsewhere;
@@ -55,9 +59,35 @@ def open_image(
     Raises:
         InputError: If it is empty, no picture of an allowed format, corrupt, truncated, too small or too large.
     """
-    data, name = _read(source, field)
+    name = _check_file(source, field)
+    if isinstance(source, InputFile) and not source.trusted:
+        from worker import confined
+
+        return confined.open_image(
+            source, name=name, max_pixels=max_pixels, min_side=min_side, mode=mode, field=field
+        )
+    data = source if isinstance(source, bytes) else _path(source).read_bytes()
+    return decode_image(data, name, max_pixels=max_pixels, min_side=min_side, mode=mode, field=field)
+
+
+def decode_image(
+    data: bytes, name: str, *, max_pixels: int, min_side: int, mode: Mode, field: str
+) -> Image.Image:
+    """What `open_image` does, always in this process.
+
+    Args:
+        data: The file.
+        name: What messages call it.
+        max_pixels: See `open_image`; so for the others.
+        min_side: Pixels.
+        mode: Mode of the result.
+        field: Parameter to name in errors.
+
+    Raises:
+        InputError: See `open_image`.
+    """
     try:
-        with Image.open(io.BytesIO(data), formats=list(FORMATS)) as opened:
+        with open_checked(data) as opened:
             width, height = opened.size
             if width * height > max_pixels or max(width, height) > MAX_SIDE:
                 raise InputError(
@@ -72,7 +102,7 @@ def open_image(
             opened.seek(0)
             opened.load()
             picture = _normal(opened)
-    except _DECODE_FAULTS as error:
+    except DECODE_FAULTS as error:
         formats = ", ".join(FORMATS)
         raise InputError(
             f"{field}: {name} ({len(data):,} bytes) cannot be decoded as a picture ({_reason(error)}); allowed formats: {formats}",
@@ -86,23 +116,40 @@ def open_image(
     return flat.convert("L") if mode == "L" else flat
 
 
-def _read(source: InputFile | bytes | Path, field: str) -> tuple[bytes, str]:
+def open_checked(data: bytes) -> ImageFile.ImageFile:
+    """Read the header of an untrusted picture; nothing is decoded yet.
+
+    Raises:
+        OSError: If its format is not on the list, or it is a JPEG of more than `MAX_SCANS` scans. Pillow raises further
+            ones of `DECODE_FAULTS`.
+    """
+    # Inside a scan FF is always followed by 00: these two bytes are markers there, and a few in embedded thumbnails.
+    if data.startswith(b"\xff\xd8") and data.count(b"\xff\xda") > MAX_SCANS:
+        raise OSError(f"a JPEG of more than {MAX_SCANS} scans")
+    return Image.open(io.BytesIO(data), formats=list(FORMATS))
+
+
+def _path(source: InputFile | Path) -> Path:
+    return source.path if isinstance(source, InputFile) else source
+
+
+def _check_file(source: InputFile | bytes | Path, field: str) -> str:
+    """Look at the size; gives the name for messages."""
     if isinstance(source, bytes):
-        data, name = source, "the picture"
+        name, size = "the picture", len(source)
     else:
-        path = source.path if isinstance(source, InputFile) else source
+        path = _path(source)
         name = (source.name if isinstance(source, InputFile) else "") or path.name
         size = path.stat().st_size
-        if size > MAX_FILE_BYTES:
-            raise InputError(
-                f"{field}: {name} has {size:,} bytes; allowed are {MAX_FILE_BYTES:,}",
-                code="image_too_large",
-                param=field,
-            )
-        data = path.read_bytes()
-    if not data:
+    if size > MAX_FILE_BYTES:
+        raise InputError(
+            f"{field}: {name} has {size:,} bytes; allowed are {MAX_FILE_BYTES:,}",
+            code="image_too_large",
+            param=field,
+        )
+    if not size:
         raise InputError(f"{field}: {name} is empty (0 bytes)", code="bad_image", param=field)
-    return data, name
+    return name
 
 
 def _reason(error: BaseException) -> str:
@@ -118,7 +165,7 @@ def _normal(picture: Image.Image) -> Image.Image:
     profile = picture.info.get("icc_profile")
     transparent = "transparency" in picture.info or picture.mode in ("RGBA", "LA", "PA", "RGBa", "La")
     # A broken orientation tag is no reason to refuse a picture that decodes.
-    with contextlib.suppress(*_DECODE_FAULTS):
+    with contextlib.suppress(*DECODE_FAULTS):
         picture = ImageOps.exif_transpose(picture)
     if picture.mode.startswith("I;16") or picture.mode == "I":
         picture = picture.convert("I").point(lambda value: value / 257).convert("L")
@@ -126,7 +173,7 @@ def _normal(picture: Image.Image) -> Image.Image:
         picture = picture.convert("L")
     result = picture.convert("RGBA" if transparent else "RGB") if picture.mode != "CMYK" else picture
     if profile:
-        with contextlib.suppress(ImageCms.PyCMSError, *_DECODE_FAULTS):
+        with contextlib.suppress(ImageCms.PyCMSError, *DECODE_FAULTS):
             result = _to_srgb(result, profile)
     if result.mode == "CMYK":
         result = result.convert("RGB")

@@ -26,8 +26,8 @@ from av.codec.context import Flags
 from av.video.reformatter import ColorRange, Colorspace
 
 from contentfactory.errors import FactoryError, InputError, TransientError
-from worker.context import InputFile
-from worker.media.audio import _Nameless, _reason
+from worker.input_file import InputFile
+from worker.media.audio import Nameless, _reason, container_options
 
 Frame = npt.NDArray[np.uint8]
 """A picture of a clip: RGB, shape ``(height, width, 3)``, 0 to 255."""
@@ -45,6 +45,8 @@ MAX_SIDE = 8192
 MAX_FRAME_PIXELS = 36_000_000
 MAX_PIXELS = 200_000_000_000
 """Most pixels that `frames` decodes of one file: width × height × frames."""
+
+_MAX_BAD = 500
 
 ENCODERS = ("libx264", "libopenh264")
 """H.264 encoders that ``auto`` tries, in this order. A GPU's is taken only by name: its bytes differ from one to the next."""
@@ -99,11 +101,11 @@ def _open(source: Path | InputFile | BinaryIO, name: str) -> Iterator[tuple[Any,
         own = source.open()
     elif isinstance(source, Path):
         own = source.open("rb")
-    options = {"format_whitelist": ",".join(CONTAINERS), "protocol_whitelist": "none"}
+    options = container_options(CONTAINERS)
     try:
         try:
             container = av.open(
-                _Nameless(own or source), mode="r", options=options, metadata_errors="replace"
+                Nameless(own or source), mode="r", options=options, metadata_errors="replace"
             )
         except MemoryError:
             raise
@@ -143,12 +145,17 @@ def probe(source: Path | InputFile | BinaryIO, *, name: str = "video") -> VideoI
     """What a video file says of itself; no frame is decoded for it.
 
     Args:
-        source: A local file of the factory's own, a fetched input or a binary stream.
+        source: A local file of the factory's own, a fetched input or a binary stream. An input that is not trusted is
+            looked at in the confined child.
         name: What messages call it (the field, for example).
 
     Raises:
         InputError: If it is not a video of a known kind, or its frames are too large.
     """
+    if isinstance(source, InputFile) and not source.trusted:
+        from worker import confined
+
+        return confined.probe_video(source, name=name)
     with _open(source, name) as (container, stream):
         context = stream.codec_context
         rate = stream.average_rate or stream.guessed_rate
@@ -195,7 +202,8 @@ def frames(
     """Decode a video frame by frame.
 
     Args:
-        source: A local file of the factory's own, a fetched input or a binary stream.
+        source: A local file of the factory's own, a fetched input or a binary stream. An input that is not trusted is
+            decoded in the confined child.
         every: Give every so manieth frame, counted from ``start_s``.
         start_s: Leave out what comes before, seconds.
         end_s: Leave out what comes from here on, seconds.
@@ -212,6 +220,13 @@ def frames(
     """
     if every < 1:
         raise ValueError(f"every is {every}; it must be 1 or more")
+    if isinstance(source, InputFile) and not source.trusted:
+        from worker import confined
+
+        yield from confined.frames(
+            source, every=every, start_s=start_s, end_s=end_s, max_frames=max_frames, max_pixels=max_pixels, name=name
+        )  # fmt: skip
+        return
     with _open(source, name) as (container, stream):
         context = stream.codec_context
         pixels = context.width * context.height
@@ -228,6 +243,8 @@ def frames(
                     decoded_frames = packet.decode()
                 except av.error.InvalidDataError:
                     bad += 1  # a torn frame; too many of them fail below
+                    if bad > _MAX_BAD and bad > seen // 10:
+                        break  # and a file of nothing else is not gone through to its end
                     continue
                 for frame in decoded_frames:
                     _check_size(frame.width, frame.height, name)

@@ -45,8 +45,7 @@ def _transcribe(
     if language is None and len(recogniser.languages) == 1:
         language = recogniser.languages[0]
     source = context.fetch(job, params.audio)
-    with source.open() as stream:
-        audio = decode(stream, max_seconds=MAX_TRANSCRIBE_SECONDS, sample_rate=RATE, mono=True, name="audio")
+    audio = decode(source, max_seconds=MAX_TRANSCRIBE_SECONDS, sample_rate=RATE, mono=True, name="audio")
     segments: list[Segment] = []
     samples = audio.samples[0]
     for start, end in _windows(samples):

@@ -108,8 +108,8 @@ def _narration(job: int, params: VideoCompose, context: JobContext) -> audio.Aud
         return None
     file = context.fetch(job, params.narration)
     longest = MAX_CLIP_SECONDS - params.lead_s - params.tail_s
-    with _field("narration"), file.open() as stream:
-        return audio.decode(stream, max_seconds=longest, sample_rate=RATE, mono=True, name="narration")
+    with _field("narration"):
+        return audio.decode(file, max_seconds=longest, sample_rate=RATE, mono=True, name="narration")
 
 
 def _total(params: VideoCompose, narration: audio.AudioBuffer | None) -> float:
@@ -176,8 +176,8 @@ def _sound(
     if params.music is not None:
         context.progress(job, 0.0, "reading music")
         file = context.fetch(job, params.music)
-        with _field("music"), file.open() as stream:
-            music = audio.decode(stream, max_seconds=MAX_MUSIC_SECONDS, sample_rate=RATE, name="music")
+        with _field("music"):
+            music = audio.decode(file, max_seconds=MAX_MUSIC_SECONDS, sample_rate=RATE, name="music")
     if narration is None and music is None:
         return None
     context.progress(job, 0.0, "mixing")

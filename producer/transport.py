@@ -1,0 +1,472 @@
+"""The broker's door: kombu's Redis transport that checks each item's bytes before Celery parses them.
+
+Anybody who can reach the broker can put anything into a list, a channel or a key, and a stock worker stops for good on about
+half of the malformed items that we tried. Here an item is parsed once, by one strict declaration of what the factory's own
+senders write, and what goes on to Celery is a message made anew out of the few values that passed: no header, encoding or time
+limit that a sender made up ever reaches it. Everything else goes to a bounded list of its own, is counted by reason, logged
+once without its content, and is gone from the queue.
+
+The quarantine lies in the broker: ``LRANGE factory.quarantine 0 -1`` shows the last thousand, ``HGETALL factory.quarantined``
+the counts.
+"""
+
+import base64
+import binascii
+import hashlib
+import json
+import time
+import uuid
+from functools import partial
+from typing import Annotated, Any, Literal
+
+import redis
+import structlog
+from kombu.transport import TRANSPORT_ALIASES
+from kombu.transport import redis as stock
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, TypeAdapter, ValidationError
+from redis.exceptions import RedisError, ResponseError
+
+from contentfactory.jobs.spec import load_kinds
+
+log = structlog.get_logger(__name__)
+
+MAX_ITEM_BYTES = 2**20
+"""Largest item: a hint with the most ids takes a quarter of it."""
+MAX_IDS = 4096
+"""Most jobs that one hint may name."""
+QUARANTINE = "factory.quarantine"
+"""List of what was taken out, newest first; keys of a wrong type are renamed to this and their old name."""
+QUARANTINED = "factory.quarantined"
+"""Hash of counts by reason."""
+KEEP = 1000
+KEEP_BYTES = 4096
+
+REASONS = (
+    "too_large", "not_utf8", "not_json", "not_an_object", "content_type", "properties", "headers", "body", "unknown_kind", "args",
+    "command", "event", "unknown_channel", "key_type", "refused",
+)  # fmt: skip
+"""Why an item was refused; also the values of the metric's label."""
+
+
+class Malformed(Exception):
+    """An item that none of our senders wrote.
+
+    Attributes:
+        reason: One of `REASONS`.
+    """
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+# --- what our senders write ---
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False, hide_input_in_errors=True)
+
+
+_Short = Annotated[str, Field(max_length=255)]
+_Text = Annotated[str, Field(max_length=8192)] | None
+_Unset = Literal[None]
+
+
+class _DeliveryInfo(_Strict):
+    exchange: _Short
+    routing_key: _Short
+
+
+class _Properties(_Strict):
+    delivery_tag: Annotated[str, Field(min_length=1, max_length=255)]
+    delivery_info: _DeliveryInfo
+    body_encoding: Literal["base64"]
+    priority: Annotated[int, Field(ge=0, le=9)] = 0
+
+
+class _Envelope(_Strict):
+    content_type: Literal["application/json"] = Field(alias="content-type")
+    content_encoding: Literal["utf-8"] = Field(alias="content-encoding")
+    properties: _Properties
+    headers: dict[str, JsonValue]
+    body: str
+
+
+class _HintHeaders(_Strict):
+    # Celery's protocol 2. What would delay, expire, compress, chain or kill a job is the ledger's business and must be unset.
+    task: _Short
+    id: Annotated[str, Field(pattern=r"^[\w.:-]{1,128}$")]
+    lang: Literal["py"] = "py"
+    root_id: _Short | None = None
+    parent_id: _Short | None = None
+    argsrepr: _Text = None
+    kwargsrepr: _Text = None
+    origin: _Short | None = None
+    retries: Literal[0] = 0
+    timelimit: tuple[_Unset, _Unset] | None = None
+    eta: _Unset = None
+    expires: _Unset = None
+    compression: _Unset = None
+    shadow: _Unset = None
+    meth: _Unset = None
+    group: _Unset = None
+    group_index: _Unset = None
+    replaced_task_nesting: Literal[0] = 0
+    ignore_result: bool = True
+    stamped_headers: _Unset = None
+    stamps: Annotated[dict[str, JsonValue], Field(max_length=0)] | None = None
+    dispatched_at: Annotated[float, Field(gt=0)]
+
+
+class _Embed(_Strict):
+    callbacks: _Unset = None
+    errbacks: _Unset = None
+    chain: _Unset = None
+    chord: _Unset = None
+
+
+class _ControlHeaders(_Strict):
+    clock: Annotated[int, Field(ge=0, lt=2**62)] | None = None
+    ticket: _Short | None = None
+    expires: float | None = None
+    hostname: _Short | None = None
+
+
+class _ReplyTo(_Strict):
+    exchange: _Short
+    routing_key: _Short
+
+
+class _Command(_Strict):
+    method: Annotated[str, Field(pattern=r"^[a-z_]{1,64}$")]
+    arguments: dict[str, JsonValue] | None = None
+    destination: list[_Short] | None = None
+    # A regular expression from outside could keep the worker busy for ever.
+    pattern: _Unset = None
+    matcher: _Unset = None
+    reply_to: _ReplyTo | None = None
+    ticket: _Short | None = None
+
+
+class _Event(BaseModel):
+    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False, hide_input_in_errors=True)
+
+    type: Annotated[str, Field(pattern=r"^[a-z]+-[a-z-]{1,64}$")]
+    hostname: Annotated[str, Field(min_length=1, max_length=255)]
+    timestamp: float
+    clock: Annotated[int, Field(ge=0, lt=2**62)] = 0
+    utcoffset: Annotated[int, Field(ge=-26, le=26)] = 0
+    pid: Annotated[int, Field(ge=0, lt=2**32)] | None = None
+    uuid: _Short | None = None
+
+
+_JobId = Annotated[str, Field(pattern=r"^job_[0-9a-f]{32}$")]
+_BODY: TypeAdapter[tuple[list[JsonValue], dict[str, JsonValue], _Embed]] = TypeAdapter(
+    tuple[list[JsonValue], dict[str, JsonValue], _Embed], config=ConfigDict(strict=True)
+)
+_ARGS: TypeAdapter[tuple[list[str]]] = TypeAdapter(
+    tuple[Annotated[list[_JobId], Field(min_length=1, max_length=MAX_IDS)]], config=ConfigDict(strict=True)
+)
+_COMMAND: TypeAdapter[_Command] = TypeAdapter(_Command)
+_EVENTS: TypeAdapter[_Event | list[_Event]] = TypeAdapter(_Event | list[_Event])
+_REPLY: TypeAdapter[dict[str, JsonValue]] = TypeAdapter(dict[str, JsonValue], config=ConfigDict(strict=True))
+
+
+# --- checking ---
+
+
+def _envelope(raw: bytes) -> tuple[_Envelope, bytes]:
+    if len(raw) > MAX_ITEM_BYTES:
+        raise Malformed("too_large")
+    try:
+        raw.decode()
+    except UnicodeDecodeError:
+        raise Malformed("not_utf8") from None
+    try:
+        envelope = _Envelope.model_validate_json(raw)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+        if first["type"] == "json_invalid":
+            raise Malformed("not_json") from None
+        where = str(first["loc"][0]) if first["loc"] else "not_an_object"
+        raise Malformed("content_type" if where.startswith("content-") else where) from None
+    try:
+        return envelope, base64.b64decode(envelope.body.encode("ascii"), validate=True)
+    except (binascii.Error, ValueError):
+        raise Malformed("body") from None
+
+
+def _parsed(adapter: TypeAdapter[Any], value: Any, reason: str) -> Any:
+    try:
+        return adapter.validate_json(value) if isinstance(value, bytes) else adapter.validate_python(value)
+    except ValidationError:
+        raise Malformed(reason) from None
+
+
+def _message(body: Any, headers: dict[str, Any], exchange: str, routing_key: str, priority: int = 0) -> dict[str, Any]:
+    try:
+        # Escapes for half a character pass every parser and break every writer.
+        json.dumps(body, ensure_ascii=False, allow_nan=False).encode()
+    except (ValueError, RecursionError):
+        raise Malformed("body") from None
+    return {
+        "body": base64.b64encode(json.dumps(body).encode()).decode(),
+        "content-encoding": "utf-8",
+        "content-type": "application/json",
+        "headers": headers,
+        "properties": {
+            "delivery_info": {"exchange": exchange, "routing_key": routing_key},
+            # Ours: two items with the same tag would be one to the worker's bookkeeping.
+            "delivery_tag": str(uuid.uuid4()),
+            "body_encoding": "base64",
+            "delivery_mode": 2,
+            "priority": priority,
+        },
+    }
+
+
+def read_hint(raw: bytes, queue: str) -> dict[str, Any]:
+    """Check an item of a queue's list and make the message that Celery gets in its stead.
+
+    Args:
+        raw: The item as it lay in the list.
+        queue: The queue that it came from.
+
+    Returns:
+        A message in kombu's form.
+
+    Raises:
+        Malformed: If it is not what `producer.publish` writes.
+    """
+    envelope, body = _envelope(raw)
+    headers = _parsed(_HEADERS, envelope.headers, "headers")
+    args, kwargs, _ = _parsed(_BODY, body, "body")
+    if headers.task not in load_kinds():
+        raise Malformed("unknown_kind")
+    if kwargs:
+        raise Malformed("args")
+    (ids,) = _parsed(_ARGS, json.dumps(args).encode(), "args")
+    shown = ", ".join(ids[:3]) + (f" and {len(ids) - 3} more" if len(ids) > 3 else "")
+    made = {
+        "lang": "py", "task": headers.task, "id": headers.id, "root_id": headers.id, "parent_id": None, "group": None,
+        "meth": None, "shadow": None, "eta": None, "expires": None, "retries": 0, "timelimit": [None, None], "argsrepr": shown,
+        "kwargsrepr": "{}", "origin": None, "ignore_result": True, "dispatched_at": headers.dispatched_at,
+    }  # fmt: skip
+    embed = {"callbacks": None, "errbacks": None, "chain": None, "chord": None}
+    message = _message([[ids], {}, embed], made, "", queue, envelope.properties.priority)
+    message["properties"].update(correlation_id=headers.id, reply_to="")
+    return message
+
+
+def read_control(raw: bytes, channel: str) -> dict[str, Any]:
+    """Check a message of Celery's own traffic: a command for workers, a reply to one, an event for Flower.
+
+    Args:
+        raw: The bytes.
+        channel: Exchange (commands, events) or queue (replies) that they came by.
+
+    Returns:
+        A message in kombu's form.
+
+    Raises:
+        Malformed: If Celery does not write such a message, or the factory has no use for it.
+    """
+    envelope, body = _envelope(raw)
+    headers = _parsed(_CONTROL_HEADERS, envelope.headers, "headers").model_dump(exclude_none=True)
+    content: Any
+    if ".reply." in channel:
+        content = _parsed(_REPLY, body, "command")
+    elif channel == "celeryev":
+        events = _parsed(_EVENTS, body, "event")
+        content = [one.model_dump() for one in events] if isinstance(events, list) else events.model_dump()
+    else:
+        content = _parsed(_COMMAND, body, "command").model_dump(exclude_none=True)
+    info = envelope.properties.delivery_info
+    return _message(content, headers, info.exchange, info.routing_key)
+
+
+_HEADERS: TypeAdapter[_HintHeaders] = TypeAdapter(_HintHeaders)
+_CONTROL_HEADERS: TypeAdapter[_ControlHeaders] = TypeAdapter(_ControlHeaders)
+
+
+# --- the transport ---
+
+
+class _Client(redis.Redis):
+    """A client whose blocking pop gives out checked items only."""
+
+    def __init__(self, *args: Any, channel: "_Checks", **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._channel = channel
+
+    def parse_response(self, connection: Any, command_name: Any, **options: Any) -> Any:
+        """As the parent does; None, as when nothing waits, where what was popped is no message."""
+        if command_name != "BRPOP":
+            return super().parse_response(connection, command_name, **options)  # type: ignore[no-untyped-call]
+        try:
+            reply = super().parse_response(connection, command_name, **options)  # type: ignore[no-untyped-call]
+        except ResponseError as error:
+            if str(error).startswith("WRONGTYPE") and self._channel.clear_queue_keys():
+                return None
+            raise
+        if not reply:
+            return reply
+        key, item = reply
+        checked = self._channel.checked(item, str(key, "utf-8").rsplit(self._channel.sep, 1)[0])
+        return None if checked is None else (key, checked)
+
+
+class _Checks(stock.Channel):  # type: ignore[misc]
+    """What `Channel` and `SentinelChannel` have in common."""
+
+    # Without it popped messages are copied to a hash and put back from there one day. A lost hint costs a second here, because
+    # the ledger sends it again, and what is never read back cannot bring a bad item back either.
+    ack_emulation = False
+
+    def _get_client(self) -> Any:
+        super()._get_client()  # checks the version
+        return partial(_Client, channel=self)
+
+    def _get(self, queue: str, timeout: float | None = None) -> Any:
+        raise NotImplementedError("messages are consumed, never fetched one by one")
+
+    def checked(self, raw: bytes, queue: str) -> bytes | None:
+        """The message to go on with in the place of an item of a queue; None if it went into quarantine."""
+        try:
+            read = read_control if queue.endswith(".pidbox") else read_hint
+            return json.dumps(read(raw, queue)).encode()
+        except Malformed as error:
+            self.quarantine(raw, queue, error.reason)
+            return None
+
+    def _handle_message(self, client: Any, r: Any) -> dict[str, Any]:
+        payload: dict[str, Any] = super()._handle_message(client, r)  # type: ignore[no-untyped-call]
+        if not bytes(payload["type"]).endswith(b"message"):
+            return payload
+        raw = payload["data"] if isinstance(payload["data"], bytes) else b""
+        exchange = bytes(payload["channel"]).decode("utf-8", "replace")
+        if exchange.startswith("/"):
+            exchange = exchange.partition(".")[2]
+        exchange = exchange.split("/", 1)[0]
+        try:
+            if exchange not in self._fanout_to_queue:
+                raise Malformed("unknown_channel")
+            payload["data"] = json.dumps(read_control(raw, exchange)).encode()
+        except Malformed as error:
+            self.quarantine(raw, exchange, error.reason)
+            payload.update(data=None, channel=b"")
+        return payload
+
+    def quarantine(self, raw: bytes, queue: str, reason: str) -> None:
+        """Set an item aside, count it and log that it was there."""
+        digest = hashlib.sha256(raw).hexdigest()
+        record = {
+            "at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "queue": queue[:255], "reason": reason, "bytes": len(raw),
+            "sha256": digest, "item": raw[:KEEP_BYTES].decode("utf-8", "backslashreplace")[:KEEP_BYTES],
+        }  # fmt: skip
+        log.warning("bad_message", action="quarantine", queue=queue[:255], reason=reason, bytes=len(raw), sha256=digest)
+        try:
+            with self.conn_or_acquire() as client, client.pipeline(transaction=False) as pipe:
+                pipe.lpush(QUARANTINE, json.dumps(record)).ltrim(QUARANTINE, 0, KEEP - 1)
+                pipe.hincrby(QUARANTINED, reason, 1).execute()
+        except RedisError as error:
+            # The broker is full or going away. The item is out of the queue, and that is what counts.
+            log.warning("quarantine_failed", action="quarantine", error=type(error).__name__)
+
+    def clear_queue_keys(self) -> bool:
+        """Move away whatever stands where a queue's lists belong; whether there was any."""
+        steps: list[int] = self.priority_steps
+        keys = [self._q_for_pri(queue, step) for queue in self.active_queues for step in steps]  # type: ignore[no-untyped-call]
+        return self._clear(dict.fromkeys(keys, b"list"))
+
+    def _clear(self, keys: dict[str, bytes]) -> bool:
+        found = False
+        with self.conn_or_acquire() as client:
+            for key, wanted in keys.items():
+                kind = client.type(key)
+                if kind in (wanted, b"none"):
+                    continue
+                found = True
+                client.rename(key, f"{QUARANTINE}:{key}")
+                self.quarantine(kind, key, "key_type")
+        return found
+
+    def _queue_bind(self, exchange: str, *args: Any) -> None:
+        try:
+            super()._queue_bind(exchange, *args)  # type: ignore[no-untyped-call]
+        except ResponseError:
+            tables = (self.keyprefix_queue % (exchange,), self.keyprefix_binding_permanent % (exchange,))
+            if not self._clear({**dict.fromkeys(tables, b"set"), self.keyprefix_binding_deadlines: b"zset"}):
+                raise
+            super()._queue_bind(exchange, *args)  # type: ignore[no-untyped-call]
+
+    def get_table(self, exchange: str) -> list[tuple[str, ...]]:
+        """The exchange's bindings: triples of routing key, pattern and queue; whatever else lies there is passed over."""
+        try:
+            with self.conn_or_acquire() as client:
+                members = client.smembers(self.keyprefix_queue % (exchange,))
+        except ResponseError:
+            return []
+        rows = [tuple(member.decode("utf-8", "replace").split(self.sep)) for member in members]
+        return [row for row in rows if len(row) == 3]
+
+
+class Channel(_Checks):
+    """A channel to one server."""
+
+
+class SentinelChannel(_Checks, stock.SentinelChannel):  # type: ignore[misc]
+    """A channel to the master that Sentinel names."""
+
+
+class _Deliveries(stock.Transport):  # type: ignore[misc]
+    """What both transports have in common."""
+
+    def _deliver(self, message: dict[str, Any], queue: str) -> None:
+        try:
+            super()._deliver(message, queue)  # type: ignore[no-untyped-call]
+        except (OSError, RedisError, MemoryError):
+            raise
+        except Exception as error:
+            # A checked message that Celery does not take all the same: it must not take the worker along.
+            log.warning("message_refused", action="quarantine", queue=queue, error=type(error).__name__)
+            tag = message["properties"]["delivery_tag"]
+            for channel in self.channels:
+                if channel._qos is not None and tag in channel._qos._delivered:
+                    channel._qos.ack(tag)
+            self.channels[0].quarantine(json.dumps(message).encode(), queue, "refused")
+
+
+class Transport(_Deliveries):
+    """``redis://``, ``rediss://`` and ``redis+socket://``."""
+
+    Channel = Channel
+
+
+class SentinelTransport(_Deliveries, stock.SentinelTransport):
+    """``sentinel://``."""
+
+    Channel = SentinelChannel
+
+
+def install() -> None:
+    """Make kombu take this transport for every Redis address in this process; call it before the first connection.
+
+    Aliases, because of the address of a unix socket kombu takes the transport from the scheme, whatever a setting says.
+    """
+    TRANSPORT_ALIASES.update(
+        redis="producer.transport:Transport", rediss="producer.transport:Transport", sentinel="producer.transport:SentinelTransport"
+    )
+
+
+def counts(client: "redis.Redis") -> dict[str, int]:
+    """How many items were refused, by reason.
+
+    Args:
+        client: A connection to the broker.
+
+    Raises:
+        RedisError: If the broker does not answer.
+    """
+    values = client.hmget(QUARANTINED, list(REASONS))
+    return {reason: int(value) for reason, value in zip(REASONS, values, strict=True) if value is not None and value.isdigit()}

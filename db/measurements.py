@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from sqlalchemy import Connection, func, select, text, tuple_
+from sqlalchemy import Connection, and_, func, select, text, tuple_
 
 from contentfactory.states import TERMINAL
 from db.models import Artifact, Attempt, Event, Job, Mark, Queue, Worker
@@ -206,35 +206,38 @@ def _ended(conn: Connection, ends: Sequence[tuple[str, int | None, str | None, d
     out = []
     for start in range(0, len(ends), 400):
         chunk = ends[start : start + 400]
-        columns = (Job.id, Job.kind, Job.queue, Job.priority, Job.attempt, Job.created_at, Job.finished_at, Job.reused_from)
-        jobs = {row.id: row for row in conn.execute(select(*columns).where(Job.id.in_([e[0] for e in chunk])))}
-        keys = [(e[0], jobs[e[0]].attempt if e[1] is None else e[1]) for e in chunk if e[0] in jobs]
-        attempts = {
-            (row.job_id, row.attempt): row
+        jobs = {
+            row.id: row
             for row in conn.execute(
-                select(Attempt.job_id, Attempt.attempt, Attempt.group_size, Attempt.phases).where(
-                    tuple_(Attempt.job_id, Attempt.attempt).in_(keys)
+                select(
+                    Job.id, Job.kind, Job.queue, Job.priority, Job.created_at, Job.finished_at, Job.reused_from, Job.attempt,
+                    Attempt.group_size, Attempt.phases,
                 )
+                .outerjoin(Attempt, and_(Attempt.job_id == Job.id, Attempt.attempt == Job.attempt))
+                .where(Job.id.in_([e[0] for e in chunk]))
             )
-        }
+        }  # fmt: skip
+        # An attempt that was followed by another is rare; that of most jobs came with the job.
+        keys = [(e[0], e[1]) for e in chunk if e[1] is not None and e[0] in jobs and jobs[e[0]].attempt != e[1]]
+        earlier: dict[tuple[str, int | None], Any] = {}
+        if keys:
+            columns = (Attempt.job_id, Attempt.attempt, Attempt.group_size, Attempt.phases)
+            query = select(*columns).where(tuple_(Attempt.job_id, Attempt.attempt).in_(keys))
+            earlier = {(row.job_id, row.attempt): row for row in conn.execute(query)}
         # A reused result points at bytes that were stored before.
         fresh = [e[0] for e in chunk if e[2] == "succeeded" and e[0] in jobs and jobs[e[0]].reused_from is None]
-        sizes: dict[str, int] = {
-            row.job_id: int(row.size)
-            for row in conn.execute(
-                select(Artifact.job_id, func.sum(Artifact.size).label("size")).where(Artifact.job_id.in_(fresh)).group_by(Artifact.job_id)
-            )
-        }
+        stored = select(Artifact.job_id, func.sum(Artifact.size)).where(Artifact.job_id.in_(fresh)).group_by(Artifact.job_id)
+        sizes: dict[str, int] = {str(job_id): int(size) for job_id, size in conn.execute(stored)} if fresh else {}
         for job_id, number, state, error in chunk:
             job = jobs.get(job_id)
             if job is None:
                 continue  # deleted meanwhile
-            attempt = attempts.get((job_id, job.attempt if number is None else number))
+            attempt = job if number is None or number == job.attempt else earlier.get((job_id, number))
             took = job.finished_at - job.created_at if state and job.finished_at else None
             out.append(
                 Ended(
                     job.kind, job.queue, state, job.priority, error.get("type"), error.get("code"), took,
-                    attempt.group_size if attempt else 0, dict(attempt.phases or {}) if attempt else {}, sizes.get(job_id, 0),
+                    (attempt.group_size or 0) if attempt else 0, dict(attempt.phases or {}) if attempt else {}, sizes.get(job_id, 0),
                     state == "succeeded" and job.reused_from is not None,
                 )
             )  # fmt: skip

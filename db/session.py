@@ -1,6 +1,7 @@
 """Connections to the ledger: SQLite in WAL mode or PostgreSQL, with explicit read and write transactions."""
 
 import random
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -61,6 +62,7 @@ class Database:
             parsed = parsed.set(drivername="postgresql+psycopg")
         backend = parsed.get_backend_name()
         self.sqlite = backend == "sqlite"
+        self._thread = threading.local()
         if self.sqlite:
             if parsed.database and parsed.database != ":memory:":
                 Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
@@ -90,10 +92,17 @@ class Database:
         Raises:
             ServiceUnavailable: If the database cannot be reached or stays locked.
         """
-        with _mapped(), self.engine.connect() as connection:
-            connection.execution_options(factory_begin="IMMEDIATE")
-            with connection.begin():
-                yield connection
+        if self.sqlite and getattr(self._thread, "writing", False):
+            # It would wait for itself until the time-out; PostgreSQL would only do so for the same rows.
+            raise RuntimeError("a write transaction was opened inside another one of the same thread")
+        self._thread.writing = True
+        try:
+            with _mapped(), self.engine.connect() as connection:
+                connection.execution_options(factory_begin="IMMEDIATE")
+                with connection.begin():
+                    yield connection
+        finally:
+            self._thread.writing = False
 
     @contextmanager
     def read(self) -> Iterator[Connection]:

@@ -110,6 +110,8 @@ def prepare(settings: Settings) -> Broker:
         f'dir "{folder}"', "appendonly yes", "appendfsync everysec", 'save ""', "maxmemory-policy noeviction", "daemonize no",
         "tcp-keepalive 60", "timeout 0", "databases 4", "enable-protected-configs no", "enable-debug-command no",
         "aof-load-truncated yes", "loglevel notice",
+        # No hint is larger, so nobody gets to put in what a worker would have to read as a whole to refuse.
+        "proto-max-bulk-len 1mb",
     ]  # fmt: skip
     path = settings.run_dir / "broker.sock"
     if len(os.fsencode(path)) <= MAX_SOCKET_PATH:

@@ -18,7 +18,7 @@ from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 import structlog
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
-from prometheus_client.metrics_core import GaugeMetricFamily, Metric
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from contentfactory.errors import ServiceUnavailable
 from contentfactory.jobs.spec import QUEUES, get_kind, load_kinds
@@ -27,6 +27,7 @@ from db import measurements
 from db.measurements import Ended, Present
 from db.session import Database
 from producer.publish import Publisher
+from producer.transport import REASONS
 
 log = structlog.get_logger(__name__)
 
@@ -34,8 +35,8 @@ REFRESH_S = 5.0
 """Shortest time between two looks at the ledger, however often somebody scrapes."""
 DUTY = 0.05
 """Largest part of the time that looking may take: a backlog of millions is counted less often, not at a higher price."""
-CATCH_UP_S = 2.0
-"""Longest time that one scrape spends on events; the rest waits for the next."""
+CATCH_UP_S = 4.0
+"""Longest time that one scrape spends on events, well below Prometheus' limit of ten seconds; the rest waits for the next."""
 STALLED_S = 120.0
 """Seconds without a round of the timer after which its health check fails."""
 
@@ -70,6 +71,7 @@ class Metrics:
         self._kinds = frozenset(load_kinds())
         self._present: Present | None = None
         self._broker: dict[str, int] | None = None
+        self._quarantined: dict[str, int] = {}
         self._cursor: int | None = None
         self._next = 0.0
         self._round_at = clock()
@@ -209,6 +211,7 @@ class Metrics:
         if self._publisher is None:
             return None
         try:
+            self._quarantined = self._publisher.quarantined()
             return {queue: self._publisher.waiting(queue) for queue in QUEUES}
         except ServiceUnavailable:
             return None
@@ -223,6 +226,12 @@ class Metrics:
             if waiting is not None:
                 rows = [((queue,), n) for queue, n in waiting.items()]
                 yield _gauge("factory_broker_messages", "micro-batches that wait in the broker", ("queue",), rows)
+                refused = CounterMetricFamily(
+                    "factory_broker_quarantined", "items on the broker that were no messages of ours", labels=("reason",)
+                )
+                for reason in REASONS:
+                    refused.add_metric([reason], self._quarantined.get(reason, 0))
+                yield refused
         if now is None:
             return
         jobs: dict[tuple[str, ...], float] = {}

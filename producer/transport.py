@@ -17,7 +17,7 @@ import json
 import time
 import uuid
 from functools import partial
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import redis
 import structlog
@@ -40,6 +40,12 @@ QUARANTINED = "factory.quarantined"
 """Hash of counts by reason."""
 KEEP = 1000
 KEEP_BYTES = 4096
+COMMANDS = frozenset({
+    "active", "active_queues", "clock", "conf", "disable_events", "enable_events", "heartbeat", "ping", "query_task", "registered",
+    "report", "reserved", "revoked", "scheduled", "stats",
+})  # fmt: skip
+"""Celery's remote commands that reach a worker: those that look. Jobs are cancelled in the ledger and workers stopped by a
+signal, so ``shutdown``, ``cancel_consumer``, ``rate_limit`` and their like would only be ways to stop a worker with one message."""
 
 REASONS = (
     "too_large", "not_utf8", "not_json", "not_an_object", "content_type", "properties", "headers", "body", "unknown_kind", "args",
@@ -88,7 +94,6 @@ class _Envelope(_Strict):
     content_type: Literal["application/json"] = Field(alias="content-type")
     content_encoding: Literal["utf-8"] = Field(alias="content-encoding")
     properties: _Properties
-    headers: dict[str, JsonValue]
     body: str
 
 
@@ -118,6 +123,10 @@ class _HintHeaders(_Strict):
     dispatched_at: Annotated[float, Field(gt=0)]
 
 
+class _Hint(_Envelope):
+    headers: _HintHeaders
+
+
 class _Embed(_Strict):
     callbacks: _Unset = None
     errbacks: _Unset = None
@@ -132,13 +141,17 @@ class _ControlHeaders(_Strict):
     hostname: _Short | None = None
 
 
+class _Control(_Envelope):
+    headers: _ControlHeaders
+
+
 class _ReplyTo(_Strict):
     exchange: _Short
     routing_key: _Short
 
 
 class _Command(_Strict):
-    method: Annotated[str, Field(pattern=r"^[a-z_]{1,64}$")]
+    method: _Short
     arguments: dict[str, JsonValue] | None = None
     destination: list[_Short] | None = None
     # A regular expression from outside could keep the worker busy for ever.
@@ -155,7 +168,8 @@ class _Event(BaseModel):
     hostname: Annotated[str, Field(min_length=1, max_length=255)]
     timestamp: float
     clock: Annotated[int, Field(ge=0, lt=2**62)] = 0
-    utcoffset: Annotated[int, Field(ge=-26, le=26)] = 0
+    # Celery writes hours as a float: 5.5 in India.
+    utcoffset: Annotated[float, Field(ge=-26, le=26)] = 0
     pid: Annotated[int, Field(ge=0, lt=2**32)] | None = None
     uuid: _Short | None = None
 
@@ -174,8 +188,10 @@ _REPLY: TypeAdapter[dict[str, JsonValue]] = TypeAdapter(dict[str, JsonValue], co
 
 # --- checking ---
 
+E = TypeVar("E", bound=_Envelope)
 
-def _envelope(raw: bytes) -> tuple[_Envelope, bytes]:
+
+def _envelope(raw: bytes, model: type[E]) -> tuple[E, bytes]:
     if len(raw) > MAX_ITEM_BYTES:
         raise Malformed("too_large")
     try:
@@ -183,7 +199,7 @@ def _envelope(raw: bytes) -> tuple[_Envelope, bytes]:
     except UnicodeDecodeError:
         raise Malformed("not_utf8") from None
     try:
-        envelope = _Envelope.model_validate_json(raw)
+        envelope = model.model_validate_json(raw)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
         if first["type"] == "json_invalid":
@@ -196,9 +212,9 @@ def _envelope(raw: bytes) -> tuple[_Envelope, bytes]:
         raise Malformed("body") from None
 
 
-def _parsed(adapter: TypeAdapter[Any], value: Any, reason: str) -> Any:
+def _parsed(adapter: TypeAdapter[Any], value: bytes, reason: str) -> Any:
     try:
-        return adapter.validate_json(value) if isinstance(value, bytes) else adapter.validate_python(value)
+        return adapter.validate_json(value)
     except ValidationError:
         raise Malformed(reason) from None
 
@@ -238,8 +254,8 @@ def read_hint(raw: bytes, queue: str) -> dict[str, Any]:
     Raises:
         Malformed: If it is not what `producer.publish` writes.
     """
-    envelope, body = _envelope(raw)
-    headers = _parsed(_HEADERS, envelope.headers, "headers")
+    envelope, body = _envelope(raw, _Hint)
+    headers = envelope.headers
     args, kwargs, _ = _parsed(_BODY, body, "body")
     if headers.task not in load_kinds():
         raise Malformed("unknown_kind")
@@ -271,8 +287,8 @@ def read_control(raw: bytes, channel: str) -> dict[str, Any]:
     Raises:
         Malformed: If Celery does not write such a message, or the factory has no use for it.
     """
-    envelope, body = _envelope(raw)
-    headers = _parsed(_CONTROL_HEADERS, envelope.headers, "headers").model_dump(exclude_none=True)
+    envelope, body = _envelope(raw, _Control)
+    headers = envelope.headers.model_dump(exclude_none=True)
     content: Any
     if ".reply." in channel:
         content = _parsed(_REPLY, body, "command")
@@ -281,12 +297,10 @@ def read_control(raw: bytes, channel: str) -> dict[str, Any]:
         content = [one.model_dump() for one in events] if isinstance(events, list) else events.model_dump()
     else:
         content = _parsed(_COMMAND, body, "command").model_dump(exclude_none=True)
+        if content["method"] not in COMMANDS:
+            raise Malformed("command")
     info = envelope.properties.delivery_info
     return _message(content, headers, info.exchange, info.routing_key)
-
-
-_HEADERS: TypeAdapter[_HintHeaders] = TypeAdapter(_HintHeaders)
-_CONTROL_HEADERS: TypeAdapter[_ControlHeaders] = TypeAdapter(_ControlHeaders)
 
 
 # --- the transport ---
@@ -316,15 +330,16 @@ class _Client(redis.Redis):
         return None if checked is None else (key, checked)
 
 
-class _Checks(stock.Channel):  # type: ignore[misc]
+class _Checks(stock.Channel):
     """What `Channel` and `SentinelChannel` have in common."""
 
-    # Without it popped messages are copied to a hash and put back from there one day. A lost hint costs a second here, because
-    # the ledger sends it again, and what is never read back cannot bring a bad item back either.
+    # The stock transport copies what it pops to a hash and puts it back from there one day, or when it ends. A lost hint costs
+    # seconds here, because the ledger sends it again; and what is never read back brings no bad item back either.
     ack_emulation = False
+    do_restore = False
 
     def _get_client(self) -> Any:
-        super()._get_client()  # checks the version
+        super()._get_client()  # type: ignore[no-untyped-call]  # checks the version
         return partial(_Client, channel=self)
 
     def _get(self, queue: str, timeout: float | None = None) -> Any:
@@ -373,10 +388,10 @@ class _Checks(stock.Channel):  # type: ignore[misc]
             # The broker is full or going away. The item is out of the queue, and that is what counts.
             log.warning("quarantine_failed", action="quarantine", error=type(error).__name__)
 
-    def clear_queue_keys(self) -> bool:
-        """Move away whatever stands where a queue's lists belong; whether there was any."""
+    def clear_queue_keys(self, *queues: str) -> bool:
+        """Move away whatever stands where the lists of these queues (all that are consumed) belong; whether there was any."""
         steps: list[int] = self.priority_steps
-        keys = [self._q_for_pri(queue, step) for queue in self.active_queues for step in steps]  # type: ignore[no-untyped-call]
+        keys = [self._q_for_pri(queue, step) for queue in queues or self.active_queues for step in steps]  # type: ignore[no-untyped-call]
         return self._clear(dict.fromkeys(keys, b"list"))
 
     def _clear(self, keys: dict[str, bytes]) -> bool:
@@ -390,6 +405,14 @@ class _Checks(stock.Channel):  # type: ignore[misc]
                 client.rename(key, f"{QUARANTINE}:{key}")
                 self.quarantine(kind, key, "key_type")
         return found
+
+    def _size(self, queue: str) -> int:
+        try:
+            return int(super()._size(queue))  # type: ignore[no-untyped-call]
+        except ResponseError:
+            if not self.clear_queue_keys(queue):
+                raise
+            return int(super()._size(queue))  # type: ignore[no-untyped-call]
 
     def _queue_bind(self, exchange: str, *args: Any) -> None:
         try:
@@ -415,11 +438,11 @@ class Channel(_Checks):
     """A channel to one server."""
 
 
-class SentinelChannel(_Checks, stock.SentinelChannel):  # type: ignore[misc]
+class SentinelChannel(_Checks, stock.SentinelChannel):
     """A channel to the master that Sentinel names."""
 
 
-class _Deliveries(stock.Transport):  # type: ignore[misc]
+class _Deliveries(stock.Transport):
     """What both transports have in common."""
 
     def _deliver(self, message: dict[str, Any], queue: str) -> None:
@@ -468,5 +491,8 @@ def counts(client: "redis.Redis") -> dict[str, int]:
     Raises:
         RedisError: If the broker does not answer.
     """
-    values = client.hmget(QUARANTINED, list(REASONS))
+    try:
+        values = client.hmget(QUARANTINED, list(REASONS))
+    except ResponseError:
+        return {}  # somebody put something else there
     return {reason: int(value) for reason, value in zip(REASONS, values, strict=True) if value is not None and value.isdigit()}

@@ -12,7 +12,7 @@ import time
 import traceback
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -187,11 +187,19 @@ class Executor:
         scratch = self.settings.scratch / f"{spec.name}-{os.getpid()}-{uuid.uuid4().hex[:12]}"
         reused: dict[_Member, Success] = {}
         phases: dict[str, float] = {"wait_s": max(0.0, first.started_at - (first.dispatched_at or first.created_at))}
+        # A job that is tried again may be the one that ends processes: nothing else is in this one meanwhile, so that it
+        # alone can be blamed, and alone suffers.
+        alone = len(members) == 1 and first.attempt > 1
+        if alone:
+            self.finishers.submit(lambda: None).result()
         self._slots.acquire()
         try:
             loads = self.cache.loads
             try:
-                scratch.mkdir(parents=True, mode=0o700)
+                try:
+                    scratch.mkdir(parents=True, mode=0o700)
+                except OSError as error:
+                    raise TransientError(f"this worker cannot make a scratch folder: {error}", code="worker_resources") from error
                 ready = self._prepare(spec, members)
                 reused.update(self._reuse(spec, ready))
                 work = self._share([m for m in ready if m not in reused])
@@ -222,7 +230,9 @@ class Executor:
             self._flying.difference_update(i for i, _ in keys)
             raise
         bound.info("computed", action="compute", seconds=round(time.monotonic() - started, 3), reused=len(reused))
-        self.finishers.submit(self._finish, spec, members, reused, scratch, phases, started)
+        finished = self.finishers.submit(self._finish, spec, members, reused, scratch, phases, started)
+        if alone:
+            wait([finished])
 
     # --- before the runner ---
 
@@ -379,7 +389,7 @@ class Executor:
                 except FactoryError as error:
                     log.warning("checkpoint_unreadable", action="resume", job=claimed.id, artifact=row["id"], error=error.message)
                     continue
-                found.append(InputFile(path, row["media_type"], row["name"], dict(row["meta"] or {})))
+                found.append(InputFile(path, row["media_type"], row["name"], dict(row["meta"] or {}), trusted=True))
             return found
 
         return JobContext(

@@ -10,7 +10,7 @@ import httpx
 from contentfactory import net
 from contentfactory.errors import InputError, TransientError
 from storage.keys import suffix_for
-from worker.context import InputFile
+from worker.input_file import InputFile
 
 _BLOCK = 1 << 16
 

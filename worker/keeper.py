@@ -308,11 +308,15 @@ class _Keeper:
         """The child has gone: give its jobs back now instead of after their lease."""
         from db import lifecycle
 
-        held, self.held = list(self.held), {}
+        held, self.held = dict(self.held), {}
         reason = "the worker stopped" if said_bye else f"the worker {self.worker} died"
+        computing = [key for key, own in held.items() if own.watched]
+        # While one job computes, the end of the process is not laid to those that only wait for their upload.
+        blamed = [key for key, own in held.items() if own.watched or not computing or len(own.group) > 1]
 
         def work(conn: Any) -> None:
-            lifecycle.crash(conn, held, reason, released=said_bye)
+            lifecycle.crash(conn, blamed, reason, released=said_bye)
+            lifecycle.crash(conn, [key for key in held if key not in blamed], f"a neighbour ended {self.worker}", released=True)
             lifecycle.forget_worker(conn, self.worker)
 
         self._ledger(work)

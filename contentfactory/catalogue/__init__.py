@@ -41,6 +41,19 @@ class CatalogueModel:
     options: Mapping[str, object] = field(default_factory=dict)
 
 
+ENGINES: Mapping[str, tuple[str, ...]] = {
+    "text.generate": ("language",),
+    "text.chat": ("language",),
+    "text.embed": ("encoder",),
+    "image.generate": ("diffusers", "flow"),
+    "image.stylize": ("style",),
+    "image.upscale": ("span",),
+    "audio.speech": ("transformers-tts", "hibari"),
+    "audio.music": ("soundfont",),
+    "audio.transcribe": ("faster-whisper", "transformers-whisper"),
+}
+"""Engines that can load a user's own model for a kind, the usual one first. Kinds of other packages bring their own."""
+
 _CATALOGUE: dict[str, CatalogueModel] = {}
 _loaded = False
 

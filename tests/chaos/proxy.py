@@ -97,7 +97,7 @@ class Proxy:
             up_reader, upstream = await asyncio.open_connection("127.0.0.1", self.upstream)
             self._open.add(upstream)
             await self.serve(reader, writer, up_reader, upstream)
-        except (OSError, asyncio.IncompleteReadError, _ResetBoth):
+        except (OSError, asyncio.IncompleteReadError, asyncio.CancelledError):
             pass
         finally:
             for one in (writer, upstream):
@@ -138,8 +138,6 @@ class Proxy:
         return data
 
 
-class _ResetBoth(Exception):
-    pass
 
 
 def reset(writer: asyncio.StreamWriter) -> None:

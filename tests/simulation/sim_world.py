@@ -37,7 +37,7 @@ class Process:
     """Something that can die, freeze, lose its network and have a wrong clock."""
 
     def __init__(self, world: "World", name: str, role: str) -> None:
-        self.world, self.name, self.role = world, name, role
+        self.world, self.name, self.role, self.number = world, name, role, len(world.processes)
         self.skew = world.pick_skew()
         self.boot = world.now - world.rng.uniform(0, 1000)
         self.died_at: float | None = None
@@ -93,7 +93,7 @@ class Task:
     def __init__(self, world: "World", process: Process, work: Callable[[], Any], then: Callable[[BaseException | None], None] | None) -> None:
         self.process = process
         self.error: BaseException | None = None
-        self.waiting: Any = None
+        self.turn = 0
 
         def body() -> None:
             try:
@@ -142,7 +142,8 @@ class World:
         self.ledger = ledger
         self.facts: dict[str, Any] = defaultdict(int)
         self.quiet: Callable[[], bool] = lambda: False
-        self._heap: list[tuple[float, int, Task]] = []
+        self._heap: list[tuple[float, int, int, Task]] = []
+        self._parked: dict[int, list[Task]] = defaultdict(list)
         self._n = 0
         self._ids = 0
         ledger.reset(self)
@@ -150,7 +151,7 @@ class World:
     # --- time and tasks ---
 
     def pick_skew(self) -> float:
-        return self.rng.choice((-DAY, -3600.0, 0.0, 3600.0, DAY)) if getattr(self, "skewed", False) else 0.0
+        return self.rng.choice((-DAY, -3600.0, 0.0, 3600.0, DAY)) if self.skewed else 0.0
 
     def process(self, name: str, role: str) -> Process:
         made = Process(self, name, role)
@@ -165,7 +166,7 @@ class World:
 
     def push(self, at: float, task: Task) -> None:
         self._n += 1
-        heapq.heappush(self._heap, (at, self._n, task))
+        heapq.heappush(self._heap, (at, self._n, task.turn, task))
 
     def sleep(self, seconds: float) -> None:
         """Let others run; come back after so many seconds, later if frozen meanwhile."""
@@ -185,30 +186,31 @@ class World:
     def park(self, where: Any, seconds: float | None = None) -> None:
         """Wait until `wake` is called for ``where``, at most so many seconds."""
         task = self.current
-        assert task is not None
-        task.waiting = where
+        if task is None or self.in_transaction:
+            raise RuntimeError("only a task outside a transaction can wait")
+        self._parked[id(where)].append(task)
         if seconds is not None:
             self.push(self.now + seconds, task)
         self.main.switch()
-        task.waiting = None
+        if task in self._parked[id(where)]:
+            self._parked[id(where)].remove(task)
         if not task.process.alive:
             raise Killed
 
     def wake(self, where: Any) -> None:
-        for process in self.processes:
-            for task in process.tasks:
-                if task.waiting is where:
-                    self.push(self.now, task)
+        for task in self._parked.pop(id(where), ()):
+            if task.greenlet:
+                self.push(self.now, task)
 
     def run(self, until: float) -> bool:
         """Play until everything is quiet (True) or the clock reaches ``until`` (False)."""
         heap = self._heap
         while heap:
-            at, _, task = heapq.heappop(heap)
-            if task.greenlet is None:
-                continue
+            at, _, turn, task = heapq.heappop(heap)
+            if task.greenlet is None or turn != task.turn:
+                continue  # it was woken earlier for another reason
             if at > until:
-                heapq.heappush(heap, (at, 0, task))
+                self.push(at, task)
                 self.now = until
                 return False
             if task.process.alive and task.process.frozen_until > at:
@@ -216,6 +218,7 @@ class World:
                 continue
             self.now = max(self.now, at)
             self.current = task
+            task.turn += 1
             task.greenlet.switch()
             self.current = None
             if self.quiet():
@@ -464,9 +467,9 @@ class Broker:
             self.lists[hint.queue, band] = deque(mixed)
         self.world.wake(self)
 
-    def pop(self, queues: list[str]) -> Any:
-        """The next hint of these queues, waited for."""
-        while True:
+    def pop(self, queues: list[str], process: Process) -> Any:
+        """The next hint of these queues, waited for; None where the one who waits shall stop."""
+        while not process.draining:
             if self.down_until <= self.world.now:
                 for band in (0, 1):
                     for queue in self.world.rng.sample(queues, len(queues)):
@@ -475,6 +478,7 @@ class Broker:
                 self.world.park(self)
             else:
                 self.world.sleep(self.down_until - self.world.now + 0.01)
+        return None
 
     def flush(self) -> None:
         self.world.note("FLUSHALL")

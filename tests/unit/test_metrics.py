@@ -45,6 +45,11 @@ class Broker:
             raise ServiceUnavailable("away", code="broker_unavailable")
         return 3
 
+    def quarantined(self):
+        if self.away:
+            raise ServiceUnavailable("away", code="broker_unavailable")
+        return {"too_large": 2, CANARY: 1}
+
 
 @pytest.fixture
 def clock():
@@ -111,6 +116,7 @@ def test_the_present(look, make_jobs, database):
     assert of(now, "factory_queue_paused", queue="audio") == 1 and of(now, "factory_queue_paused", queue="text") == 0
     assert of(now, "factory_leases_overdue") == 1
     assert of(now, "factory_broker_messages", queue="text") == 3
+    assert of(now, "factory_broker_quarantined_total", reason="too_large") == 2
     assert of(now, "factory_ledger_up") == 1 and of(now, "factory_broker_up") == 1
 
 
@@ -368,3 +374,34 @@ def test_a_broken_exporter_hurts_nobody():
     tracer.attempt(attempted("job_0197c1d2e5f17a3c8e0b4a6d9c2f1e77"))
     tracer.close()
 
+
+def test_a_workers_group_is_traced_and_its_loads_are_counted(database, make_jobs, metrics, look, tmp_path):
+    from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+
+    from storage.memory import MemoryStore
+    from worker.execution import Executor
+
+    class Silent:
+        def send(self, hints):
+            return list(hints)
+
+        def close(self):
+            pass
+
+    look()
+    executor = Executor(load_settings(state_dir=tmp_path, device="cpu"), database, MemoryStore(), Silent(), keeper=False)
+    exporter = InMemorySpanExporter()
+    assert executor.tracer is None
+    executor.tracer = tracing.open_tracer("worker", exporter)
+    ids = [make_jobs(1, params={"text": f"{CANARY} {n}"})[0] for n in range(3)]
+    executor.run("text.echo", ids)
+    executor.close()
+    spans = exporter.get_finished_spans()
+    for job in ids:
+        mine = [span.name for span in spans if span.context.trace_id == tracing.trace_id(job)]
+        assert sorted(mine) == ["attempt", "claim", "commit", "compute", "inputs", "job", "upload"]
+    assert CANARY not in "".join(span.to_json() for span in spans)
+    after = look()
+    assert of(after, "factory_micro_batches_total", queue="text", kind="text.echo") == pytest.approx(1)
+    assert of(after, "factory_model_loads_total", queue="text") == 0
+    assert of(after, "factory_phase_seconds_count", queue="text", phase="upload") == 3

@@ -22,6 +22,7 @@ import scipy
 
 from contentfactory.errors import InputError
 from worker.input_file import InputFile
+from worker.media.mp4 import check_index
 
 Samples = npt.NDArray[np.float32]
 
@@ -108,7 +109,7 @@ class AudioInfo:
     duration_s: float | None
 
 
-class Nameless(io.RawIOBase):
+class _Nameless(io.RawIOBase):
     """A stream without a name: libav would guess a demuxer from it, and relative references would resolve against it."""
 
     def __init__(self, stream: BinaryIO) -> None:
@@ -161,8 +162,13 @@ class _Source:
     def __enter__(self) -> tuple[Any, Any]:
         options = container_options(CONTAINERS)
         try:
+            check_index(self._stream, self._name)
+        except InputError:
+            self._close()
+            raise
+        try:
             self._container = av.open(
-                Nameless(self._stream), mode="r", options=options, metadata_errors="replace"
+                _Nameless(self._stream), mode="r", options=options, metadata_errors="replace"
             )
         except MemoryError:
             self._close()
@@ -702,6 +708,6 @@ def _frames(buffer: AudioBuffer, layout: str, size: int = 48_000) -> Iterable[An
 
 
 __all__ = [
-    "CODECS", "CONTAINERS", "SILENCE_LUFS", "AudioBuffer", "AudioInfo", "Nameless", "channels", "container_options", "decode", "decode_pieces", "duck", "encode", "fade", "limit",
+    "CODECS", "CONTAINERS", "SILENCE_LUFS", "AudioBuffer", "AudioInfo", "channels", "container_options", "decode", "decode_pieces", "duck", "encode", "fade", "limit",
     "loudness", "mix", "normalize", "peak_db", "probe", "resample", "stretch",
 ]  # fmt: skip

@@ -27,7 +27,8 @@ from av.video.reformatter import ColorRange, Colorspace
 
 from contentfactory.errors import FactoryError, InputError, TransientError
 from worker.input_file import InputFile
-from worker.media.audio import Nameless, _reason, container_options
+from worker.media.audio import _Nameless, _reason, container_options
+from worker.media.mp4 import check_index
 
 Frame = npt.NDArray[np.uint8]
 """A picture of a clip: RGB, shape ``(height, width, 3)``, 0 to 255."""
@@ -103,9 +104,10 @@ def _open(source: Path | InputFile | BinaryIO, name: str) -> Iterator[tuple[Any,
         own = source.open("rb")
     options = container_options(CONTAINERS)
     try:
+        check_index(own or source, name)  # type: ignore[arg-type]
         try:
             container = av.open(
-                Nameless(own or source), mode="r", options=options, metadata_errors="replace"
+                _Nameless(own or source), mode="r", options=options, metadata_errors="replace"
             )
         except MemoryError:
             raise

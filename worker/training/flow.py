@@ -63,6 +63,8 @@ class FlowTrainingConfig:
         caption_dropout: Probability in [0, 1) that a caption is hidden, which guidance needs.
         caption_blend: Probability in [0, 1] that a sentence vector is blended with another caption of its picture.
         caption_jitter: Largest standard deviation of noise on sentence vectors, 0 to 1.
+        time_mean: Mean of the logit of the flow's times, -4 to 4; below 0 there are more times close to the noise.
+        time_spread: Standard deviation of that logit, above 0, at most 4.
         latent_noise: Largest standard deviation of noise on the decoder's latents, 0 to 2.
         edge_weight: Weight of edges in the decoder's loss, 0 to 100.
         flips: Also learn the mirror images of pictures that allow it.
@@ -99,7 +101,9 @@ class FlowTrainingConfig:
     decoder_batch: int = 8
     caption_dropout: float = 0.1
     caption_blend: float = 0.5
-    caption_jitter: float = 0.03
+    caption_jitter: float = 0.05
+    time_mean: float = -1.2
+    time_spread: float = 1.4
     latent_noise: float = 0.25
     edge_weight: float = 1.0
     flips: bool = False
@@ -140,6 +144,8 @@ class FlowTrainingConfig:
         check("caption_dropout", "[0, 1)", 0 <= self.caption_dropout < 1)
         check("caption_blend", "0 to 1", 0 <= self.caption_blend <= 1)
         check("caption_jitter", "0 to 1", 0 <= self.caption_jitter <= 1)
+        check("time_mean", "-4 to 4", -4 <= self.time_mean <= 4)
+        check("time_spread", "above 0, at most 4", 0 < self.time_spread <= 4)
         check("latent_noise", "0 to 2", 0 <= self.latent_noise <= 2)
         check("edge_weight", "0 to 100", 0 <= self.edge_weight <= 100)
         check("decoder_rate_scale", "above 0, at most 100", 0 < self.decoder_rate_scale <= 100)
@@ -323,6 +329,7 @@ def train_flow(
         return network.flow_loss(
             module, material.latents[chosen], text, generator,  # type: ignore[arg-type]
             dropout=config.caption_dropout, jitter=config.caption_jitter,
+            time_mean=config.time_mean, time_spread=config.time_spread,
         )  # fmt: skip
 
     def loss_of_decoder(module: nn.Module, generator: torch.Generator) -> Tensor:

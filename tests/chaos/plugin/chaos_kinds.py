@@ -88,8 +88,8 @@ def take_ticket(kind_: str, limit: int) -> bool:
     return False
 
 
-def _install_kills(spec: dict[str, float]) -> None:
-    """``CHAOS_KILL``: {"share": probability at each place, "limit": most kills, "tree": share of kills that take the whole tree}."""
+def _install_kills(spec: dict) -> None:
+    """``CHAOS_KILL``: {"shares": {place: probability}, "limit": most kills at each place, "tree": share that take the whole tree}."""
     from worker import failpoints
 
     dice: list[random.Random] = []
@@ -97,10 +97,7 @@ def _install_kills(spec: dict[str, float]) -> None:
     def hook(place: str) -> None:
         if not dice:
             dice.append(stream("kill"))
-        places = spec.get("places")
-        if places and place not in places:
-            return
-        if dice[0].random() >= spec["share"] or not take_ticket("kill", int(spec["limit"])):
+        if dice[0].random() >= spec["shares"].get(place, 0.0) or not take_ticket(f"kill-{place}", int(spec["limit"])):
             return
         whole = dice[0].random() < spec.get("tree", 0.0)
         note("inject", fault="kill", place=place, scope="tree" if whole else "child")

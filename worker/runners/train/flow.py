@@ -82,11 +82,16 @@ def train(params: list[TrainFlow], context: JobContext) -> Iterator[Yield]:
     p = params[0]
     data = context.fetch(0, p.dataset)
     context.progress(0, None, "reading the data set")
+
+    def reading() -> None:
+        context.check(0)
+        context.progress(0, None, "reading the data set")
+
     names = {f.name for f in fields(FlowTrainingConfig)}
     given = {k: v for k, v in p.model_dump(exclude_none=True).items() if k in names}
     try:
         config = FlowTrainingConfig(**given, seed=context.seeds[0])
-        dataset = PictureDataset.load(data.path, config.resolution)
+        dataset = PictureDataset.load(data, config.resolution, reading)
     except (DatasetError, ValueError) as error:
         raise InputError(str(error), param="dataset" if isinstance(error, DatasetError) else None) from None
     encoder_model = context.resolve_model(p.encoder)

@@ -11,6 +11,7 @@ appendonly yes
 appendfsync everysec
 save ""
 maxmemory-policy noeviction
+proto-max-bulk-len 1mb
 tcp-keepalive 60
 timeout 0
 enable-debug-command no

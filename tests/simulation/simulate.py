@@ -1,0 +1,88 @@
+"""Play simulated histories: ``make simulate`` (many), ``make simulate SEED=17`` (one, with its story).
+
+A failing history writes its story to a file and prints the command that plays it again.
+"""
+
+import argparse
+import multiprocessing
+import os
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
+
+
+def play_many(seeds: range, folder: Path, queue: "multiprocessing.Queue[tuple[str, object]]", limit_s: float) -> None:
+    """Play these seeds in this process and tell the parent."""
+    from sim_history import simulation
+
+    started, cpu = time.monotonic(), time.process_time()
+    played = jobs = 0
+    seconds = 0.0
+    with simulation() as simulated:
+        for seed in seeds:
+            outcome = simulated.play(seed)
+            played, jobs, seconds = played + 1, jobs + outcome.jobs, seconds + outcome.seconds
+            if outcome.violations:
+                folder.mkdir(parents=True, exist_ok=True)
+                path = folder / f"history-{seed}.txt"
+                path.write_text(outcome.text() + "\n")
+                queue.put(("violation", (seed, outcome.violations, str(path))))
+            if time.monotonic() - started > limit_s:
+                break
+    queue.put(("done", (played, jobs, seconds, time.process_time() - cpu)))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seed", type=int, help="play this one history and print its story")
+    parser.add_argument("--histories", type=int, default=10_000)
+    parser.add_argument("--first", type=int, default=1, help="seed of the first history")
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--minutes", type=float, default=60.0, help="stop after so many minutes")
+    parser.add_argument("--out", type=Path, default=ROOT / ".factory" / "simulation", help="folder of failing histories")
+    options = parser.parse_args()
+    if options.seed is not None:
+        from sim_history import simulation
+
+        with simulation() as simulated:
+            outcome = simulated.play(options.seed)
+        print(outcome.text())
+        print(f"\nseed {options.seed}: {outcome.jobs} jobs, {outcome.seconds:.0f} simulated seconds, digest {outcome.digest[:16]}, "
+              f"{len(outcome.violations)} violations")  # fmt: skip
+        return bool(outcome.violations)
+    started = time.monotonic()
+    context = multiprocessing.get_context("spawn")
+    queue: multiprocessing.Queue[tuple[str, object]] = context.Queue()
+    last = options.first + options.histories
+    print(f"seeds {options.first} to {last - 1}, {options.processes} processes", flush=True)
+    workers = [
+        context.Process(target=play_many, args=(range(options.first + n, last, options.processes), options.out, queue, options.minutes * 60))
+        for n in range(options.processes)
+    ]
+    for worker in workers:
+        worker.start()
+    played = jobs = violated = done = 0
+    simulated_s = cpu_s = 0.0
+    while done < len(workers):
+        what, data = queue.get()
+        if what == "violation":
+            seed, violations, path = data  # type: ignore[misc]
+            violated += 1
+            print(f"seed {seed}: {violations[0]}\n  story: {path}\n  again: make simulate SEED={seed}", flush=True)
+        else:
+            done += 1
+            one = data
+            played, jobs, simulated_s, cpu_s = (a + b for a, b in zip((played, jobs, simulated_s, cpu_s), one, strict=True))  # type: ignore[arg-type]
+    for worker in workers:
+        worker.join()
+    wall = time.monotonic() - started
+    print(f"{played} histories, {jobs} jobs, {simulated_s / 3600:.0f} simulated hours in {wall:.0f} s ({played / max(cpu_s, 1e-9):.1f} histories "
+          f"a CPU second): {violated} with violations")  # fmt: skip
+    return 1 if violated or played < options.histories else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

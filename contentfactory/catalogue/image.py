@@ -62,7 +62,7 @@ TEXT_TO_IMAGE = register(
             "weights": "worker/assets/text-to-image/model.safetensors",
             "config": "worker/assets/text-to-image/model.json",
         },
-        sha256={"weights": "2f175c70e3a541b49bd922d287aa9ee788fa78c8a29bb0f4f2ee9eadd5f8a873"},
+        sha256={"weights": "5e30f024d4761ea2adbe0b48c30995ecb622037961ce6665d6fd114365b9b006"},
         licence="MIT",
         summary="Single things in a soft 3D style on transparent ground, 128 pixels; trained by train.flow",
         memory_mb=120,

@@ -9,7 +9,7 @@ export VENV TORCH TORCH_INDEX EXTRAS PYTHON
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help setup run test lint format types bench up down docs clean
+.PHONY: help setup run test chaos lint format types bench up down docs clean
 
 help: ## print this help
 	@echo "make TARGET"
@@ -23,7 +23,10 @@ run: setup ## the main job: texts, speech, pictures, cards and clips of examples
 	@$(BIN)/factory run examples/facts.yaml --deliver delivery
 
 test: setup ## all tests
-	@$(BIN)/python -m pytest -q $(ARGS)
+	@$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile $(ARGS)
+
+chaos: setup ## faults 1 to 17 against real services; FAULT=3,4 SEED=7 JOBS=2000 (docs/chaos.md)
+	@$(BIN)/python tests/chaos/run.py $(if $(FAULT),--fault $(FAULT)) $(if $(SEED),--seed $(SEED)) $(if $(JOBS),--jobs $(JOBS))
 
 lint: setup ## ruff
 	@$(BIN)/ruff check .

@@ -3,14 +3,18 @@
 import sys
 from pathlib import Path
 
+import structlog
 from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.config import Config
 from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, text
 
 from db.models import Base
 from db.session import Database
+
+log = structlog.get_logger(__name__)
 
 
 def _config(connection: Connection) -> Config:
@@ -31,6 +35,12 @@ def upgrade(database: Database, revision: str = "head") -> None:
     with database.write() as connection:
         if not database.sqlite:
             connection.execute(text("SELECT pg_advisory_xact_lock(hashtext('factory:migrate'))"))
+        found = MigrationContext.configure(connection).get_current_revision()
+        known = {script.revision for script in ScriptDirectory.from_config(_config(connection)).walk_revisions()}
+        if found is not None and found not in known:
+            # A rolled-back release meets the newer schema; migrations are such that it can live with it.
+            log.warning("ledger_is_newer", action="migrate", revision=found)
+            return
         command.upgrade(_config(connection), revision)
 
 

@@ -138,3 +138,8 @@ def left_over(conn: Connection, older_than_s: float) -> list[str]:
     return list(conn.execute(select(DoomedObject.object_key).where(DoomedObject.at < now() - older_than_s)).scalars())
 
 
+
+
+def any_artifact(conn: Connection) -> bool:
+    """Whether the ledger knows any object at all."""
+    return conn.execute(select(Artifact.id).limit(1)).scalar() is not None

@@ -248,8 +248,12 @@ class _Ping:
         from celery import Celery
         from kombu.exceptions import OperationalError
 
+        from producer.publish import celery_options
+
         if self._app is None:
             self._app = Celery("supervisor", broker=self._settings.broker(), set_as_current=False)
+            # With its timeouts, and with its check of whatever answers.
+            self._app.conf.update(celery_options())
         try:
             return bool(self._app.control.ping(destination=[host], timeout=0.5, limit=1))
         except (OperationalError, OSError):

@@ -71,6 +71,11 @@ def _objects(settings: Settings, database: Database, store: ObjectStore, out: Sw
         leftovers = database.run(partial(retention.left_over, older_than_s=600.0))
         if leftovers:
             database.run(partial(retention.spare, keys=leftovers))
+    with database.read() as conn:
+        if not retention.any_artifact(conn):
+            # A ledger that was just made, or the wrong one, knows no object: everything in the store would be an orphan.
+            log.warning("sweep_skipped", action="sweep", reason="the ledger has no artifact; is it the right one for this store?")
+            return
     found = (item for item in store.list("projects/") if item.modified_at < time.time() - settings.sweep_window_s)
     while page := list(itertools.islice(found, PAGE)):
         sizes = {item.key: item.size for item in page}

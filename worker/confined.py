@@ -253,8 +253,13 @@ def _died(error: DecoderDied, field: str, name: str) -> InputError:
                       f"{field}: {name} could not be decoded: {error}", code="bad_media", param=field)  # fmt: skip
 
 
+def _senseless(field: str, name: str) -> InputError:
+    """Whoever took the child over may say anything."""
+    return InputError(f"{field}: {name} could not be decoded: the decoder's answer makes no sense", code="bad_media", param=field)
+
+
 def _late(field: str, name: str, seconds: float) -> InputError:
-    return InputError(f"{field}: {name} could not be decoded within {seconds:.0f} s", code="bad_media", param=field)
+    return InputError(f"{field}: {name} could not be decoded within {seconds:g} s", code="bad_media", param=field)
 
 
 def _begin(
@@ -331,7 +336,9 @@ def _run(
             decoder.close()
     if "done" not in answer:
         raise _refuse(answer, field, name, limits)
-    return dict(answer["done"])
+    if not isinstance(answer["done"], dict):
+        raise _senseless(field, name)
+    return answer["done"]
 
 
 @contextlib.contextmanager
@@ -358,7 +365,7 @@ def _fill(out: BinaryIO, target: Any, start: int = 0) -> Any:
 
 
 def _numbers(answer: dict[str, Any], **most: int) -> list[int]:
-    """Fields of an answer that must be whole numbers within bounds: whoever took the child over may say anything."""
+    """Fields of an answer that must be whole numbers within bounds."""
     found = []
     for name, limit in most.items():
         value = answer.get(name)
@@ -368,7 +375,9 @@ def _numbers(answer: dict[str, Any], **most: int) -> list[int]:
     return found
 
 
-def open_image(file: InputFile, *, name: str, max_pixels: int, min_side: int, mode: str, field: str) -> "Image.Image":
+def open_image(
+    file: InputFile, *, name: str, max_pixels: int, min_side: int, mode: str, field: str
+) -> "Image.Image":
     """See `worker.media.image.open_image`."""
     from PIL import Image
 
@@ -380,12 +389,24 @@ def open_image(file: InputFile, *, name: str, max_pixels: int, min_side: int, mo
         answer = _run("image", "image", args, [source, out], limits, field=field, name=name)
         size = answer.get("size")
         if not isinstance(size, list) or len(size) != 2 or answer.get("mode") not in ("RGB", "RGBA", "L"):
-            raise InputError(f"{field}: {name} could not be decoded: the decoder's answer makes no sense", code="bad_media", param=field)
+            raise _senseless(field, name)
         width, height = _numbers({"width": size[0], "height": size[1]}, width=max_pixels, height=max_pixels)
         if not 0 < width * height <= max_pixels:
-            raise InputError(f"{field}: {name} could not be decoded: the decoder's answer makes no sense", code="bad_media", param=field)
-        data = _fill(out, bytearray(width * height * len(answer["mode"])))
-    return Image.frombytes(answer["mode"], (width, height), data)
+            raise _senseless(field, name)
+        mode, row = str(answer["mode"]), width * len(answer["mode"])
+        rows = min(height, max(1, 2**24 // row))
+        bands = (
+            Image.frombytes(mode, (width, n), _fill(out, bytearray(n * row), top * row))
+            for top in range(0, height, rows)
+            if (n := min(rows, height - top))
+        )
+        if rows == height:
+            return next(bands)
+        # In bands: a large picture is held here once, not twice.
+        picture = Image.new(mode, (width, height))
+        for index, band in enumerate(bands):
+            picture.paste(band, (0, index * rows))
+    return picture
 
 
 def read_dataset(
@@ -407,9 +428,9 @@ def read_dataset(
             raise DatasetError(f"{name}: {count} pictures of {resolution}×{resolution} are more than fit into memory")
         pictures = np.empty((count, resolution, resolution, 4), np.uint8)
         _fill(out, pictures)
-        lines = _fill(notes, bytearray(length)).decode().split("\n")
+        lines = bytes(_fill(notes, bytearray(length))).decode("utf-8", "replace").split("\n")
     if len(lines) != count:
-        raise DatasetError(f"{name}: the decoder's answer makes no sense")
+        raise _senseless("dataset", name)
     return pictures, [check_line(line, name) for line in lines], str(answer.get("digest"))[:64]
 
 
@@ -422,7 +443,10 @@ def probe_audio(file: InputFile, *, name: str) -> "AudioInfo":
 
     with file.open() as source:
         answer = _run("av", "probe_audio", {"name": name}, [source], _PROBE, field=name, name=file.name or "the file")
-    return AudioInfo(**answer)
+    try:
+        return AudioInfo(**answer)
+    except TypeError:
+        raise _senseless(name, file.name or "the file") from None
 
 
 def probe_video(file: InputFile, *, name: str) -> "VideoInfo":
@@ -431,7 +455,10 @@ def probe_video(file: InputFile, *, name: str) -> "VideoInfo":
 
     with file.open() as source:
         answer = _run("av", "probe_video", {"name": name}, [source], _PROBE, field=name, name=file.name or "the file")
-    return VideoInfo(**{**answer, "colour": tuple(answer["colour"])})
+    try:
+        return VideoInfo(**{**answer, "colour": tuple(answer["colour"])})
+    except (TypeError, KeyError):
+        raise _senseless(name, file.name or "the file") from None
 
 
 def decode_audio(
@@ -473,7 +500,7 @@ def frames(file: InputFile, *, name: str, **options: Any) -> "Iterator[tuple[flo
                 shape = answer.get("shape")
                 at = answer["at"]
                 if not isinstance(shape, list) or len(shape) != 3 or not isinstance(at, float | int):
-                    raise InputError(f"{name}: the decoder's answer makes no sense", code="bad_media", param=name)
+                    raise _senseless(name, shown)
                 height, width = _numbers({"height": shape[0], "width": shape[1]}, height=MAX_SIDE, width=MAX_SIDE)
                 frame = _fill(out, np.empty((height, width, 3), np.uint8))
                 try:

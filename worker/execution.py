@@ -40,7 +40,7 @@ from producer.publish import Publisher
 from producer.services import open_store
 from producer.tracing import Attempted, open_tracer
 from storage.keys import artifact_key, suffix_for
-from worker import failpoints
+from worker import confined, failpoints
 from worker.context import Failure, InputFile, JobContext, NewModel, Output
 from worker.engines.files import ResolvedModel, locate
 from worker.inputs import Inputs, Resolved
@@ -476,8 +476,10 @@ class Executor:
             begun = time.monotonic()
             successes = [Success(r.job_id, r.attempt, r.artifacts, (), r.result_key, r.reused_from, phases) for r in reused.values()]
             stops: list[Stop] = []
+            led = {follower for member in members for follower in member.followers}
             for member in members:
-                if member in reused or (member.error is None and member.resolved is None):
+                # A follower is settled with its leader.
+                if member in reused or member in led or (member.error is None and member.resolved is None):
                     continue
                 self._collect(member, successes, stops, phases)
             phases["upload_s"] = time.monotonic() - begun
@@ -591,6 +593,7 @@ class Executor:
             self.keeper.close()
         if self.tracer:
             self.tracer.close()
+        confined.close()
         self.dispatcher.publisher.close()
         self.database.close()
 

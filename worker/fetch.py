@@ -12,8 +12,6 @@ from contentfactory.errors import InputError, TransientError
 from storage.keys import suffix_for
 from worker.input_file import InputFile
 
-_BLOCK = 1 << 16
-
 
 def fetch_url(url: str, folder: Path, *, max_bytes: int, timeout_s: float, allow_private: bool = False) -> InputFile:
     """Download an address into a folder.
@@ -35,7 +33,7 @@ def fetch_url(url: str, folder: Path, *, max_bytes: int, timeout_s: float, allow
     part = folder / f".fetch-{os.getpid()}-{time.monotonic_ns()}"
     digest, size = hashlib.sha256(), 0
     try:
-        with net.client(timeout_s=timeout_s, allow_private=allow_private) as client, client.stream("GET", parsed) as answer:
+        with net.client(timeout_s=timeout_s, allow_private=allow_private, total_s=timeout_s) as client, client.stream("GET", parsed) as answer:
             if answer.status_code in (408, 425, 429) or answer.status_code >= 500:
                 raise TransientError(f"{shown} answered {answer.status_code}", code="fetch")
             if answer.status_code != 200:
@@ -45,7 +43,8 @@ def fetch_url(url: str, folder: Path, *, max_bytes: int, timeout_s: float, allow
                 raise InputError(f"{shown} has {length} bytes; at most {max_bytes} are taken", code="too_large")
             media_type = answer.headers.get("content-type", "application/octet-stream").partition(";")[0].strip().lower()
             with open(part, "wb") as out:
-                for block in answer.iter_raw(_BLOCK):
+                # As it comes: collecting whole blocks would let a dripping server hold this loop.
+                for block in answer.iter_raw():
                     size += len(block)
                     if size > max_bytes:
                         raise InputError(f"{shown} has more than {max_bytes} bytes", code="too_large")
@@ -61,6 +60,12 @@ def fetch_url(url: str, folder: Path, *, max_bytes: int, timeout_s: float, allow
         raise InputError(f"{shown} redirects more than {net.MAX_REDIRECTS} times", code="fetch") from None
     except httpx.UnsupportedProtocol as error:
         raise InputError(f"{shown} redirects to something that is not http(s): {error}", code="bad_url") from None
+    except (httpx.InvalidURL, UnicodeError) as error:
+        raise InputError(f"{shown} redirects to a malformed address: {str(error)[:100]}", code="bad_url") from None
+    except httpx.RemoteProtocolError as error:
+        if "disconnected" in str(error) or "closed" in str(error):
+            raise TransientError(f"{shown} broke off", code="fetch") from None
+        raise InputError(f"{shown} does not answer in HTTP: {str(error)[:100]}", code="fetch") from None
     except httpx.HTTPError as error:
         raise TransientError(f"{shown} did not answer: {type(error).__name__}", code="fetch") from None
     finally:

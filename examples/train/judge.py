@@ -3,7 +3,7 @@
     python examples/train/judge.py --dataset emoji-dataset --model worker/assets/text-to-image/model.safetensors \
         --minilm <folder of all-MiniLM-L6-v2> --mobilenet <mobilenet_v2-b0353104.pth> --out judged
 
-For each prompt of `judge_prompts.jsonl` one picture is made with a fixed seed, and the training picture nearest to it in
+For each prompt of `judge_prompts.jsonl` (or of `--prompts judge_fresh.jsonl`, written after the captions were final) one picture is made with a fixed seed, and the training picture nearest to it in
 the features of an ImageNet MobileNetV2, which had no part in training, is looked up. The prompt counts as met when that
 neighbour is one of the subjects that the prompt list declares. Subjects are declared by code point before any picture
 is made; recoloured copies count as their subject.
@@ -136,6 +136,7 @@ def main() -> None:
     parser.add_argument("--minilm", type=Path, default=minilm, required=minilm is None)
     parser.add_argument("--mobilenet", type=Path, default=mobilenet, required=mobilenet is None)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--prompts", type=Path, default=Path(__file__).parent / "judge_prompts.jsonl")
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--guidance", type=float, default=2.0)
     parser.add_argument("--seed", type=int, default=1000, help="item i is made with seed + i")
@@ -159,7 +160,7 @@ def main() -> None:
         )
         torch.save(known, cache)
 
-    lines = (Path(__file__).parent / "judge_prompts.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = args.prompts.read_text(encoding="utf-8").splitlines()
     prompts = [json.loads(line) for line in lines]
     captions = {caption.lower() for texts in dataset.captions for caption in texts}
     for prompt in prompts:
@@ -184,7 +185,7 @@ def main() -> None:
         original = on_white(as_floats(torch.from_numpy(dataset.pictures[nearest : nearest + 1])), True)[0]
         mark = "+" if right else "WRONG"
         kind = "(other words) " if prompt["paraphrase"] else ""
-        text = f"{prompt['prompt']}\n{mark} {kind}nearest: {dataset.captions[nearest][0][:24]}"
+        text = f"{prompt['prompt']}\n{mark} {kind}{dataset.captions[nearest][0][:24]}"
         rows.append((text, [on_white(made[index : index + 1], False)[0], original]))
     sheet(rows, 5).save(args.out / "judged.png")
     unseen = on_white(make(list(UNSEEN), args.seed + 500), False)

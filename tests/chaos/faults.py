@@ -221,8 +221,7 @@ def _running(scene: Scene, pid: int) -> list[tuple[str, int]]:
 
 @fault("3", "the broker is killed with all its data while jobs are queued; FLUSHALL; down while jobs are accepted", jobs=5000)
 def broker_loss(scene: Scene, jobs: int, report: Report) -> None:
-    scene.start(2, 1)
-    scene.wait_workers(2)
+    # All of them are accepted, and as many hints sent as the cap allows, before anybody works.
     scene.batch(scene.work(jobs), expand=True)
     with scene.database.read() as conn:
         report.notes["waiting_at_first_kill"] = conn.execute(text("SELECT count(*) FROM jobs WHERE state IN ('queued', 'dispatched')")).scalar()
@@ -239,7 +238,10 @@ def broker_loss(scene: Scene, jobs: int, report: Report) -> None:
         scene.history.note("broker_back")
 
     lose(1.0)
+    scene.start(2, 1)
     back()
+    scene.wait_workers(2)
+    ends[0] = time.time()
     for share in (0.15, 0.3):
         scene.until_done(share, 300)
         scene.history.note("inject", fault="flushall")

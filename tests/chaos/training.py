@@ -1,6 +1,7 @@
 """Fault 17: trainings that are killed, find a broken checkpoint, or are overtaken, end as an unbroken one does (I4, I16)."""
 
 import io
+import itertools
 import json
 import signal
 import time
@@ -91,7 +92,7 @@ def _compare(scene: Scene, report: Any, job: str, way: str, reference: dict[str,
         points = [(d["attempt"], int(d["metrics"]["step"])) for d in data if "step" in d["metrics"]]
     attempts = sorted({a for a, _ in points})
     repeated = []
-    for earlier, later in zip(attempts, attempts[1:], strict=False):
+    for earlier, later in itertools.pairwise(attempts):
         last = max(s for a, s in points if a == earlier)
         first = min(s for a, s in points if a == later)
         repeated.append(last - first)

@@ -241,3 +241,20 @@ def test_sizes_are_checked(field: str, value: object) -> None:
 def test_unknown_resolution() -> None:
     with pytest.raises(ValueError, match="resolution is 96"):
         FlowConfig.for_resolution(96)
+
+
+def test_times_follow_their_mean(model: TextToImage, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Tensor] = []
+
+    def record(x: Tensor, t: Tensor, text: Tensor) -> Tensor:
+        seen.append(t)
+        return x
+
+    monkeypatch.setattr(model.flow, "forward", record)
+    for mean in (-3.0, 0.0, 3.0):
+        flow_loss(
+            model.flow, torch.zeros(400, 8), text_vectors(400, 16), seeded(0)[0], dropout=0.0, jitter=0.0,
+            time_mean=mean, time_spread=0.5,
+        )  # fmt: skip
+    low, middle, high = (t.mean().item() for t in seen)
+    assert low < 0.1 < middle < 0.6 and high > 0.9

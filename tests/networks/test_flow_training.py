@@ -178,7 +178,8 @@ def test_the_grid_is_on_white() -> None:
 @pytest.mark.parametrize(
     ("field", "value"),
     [("steps", 0), ("resolution", 96), ("caption_dropout", 1.0), ("flow_batch", 0), ("prompts", ()),
-     ("learning_rate", 0), ("schedule", "steps"), ("guidance", 31), ("condition", 17), ("seed", -1)],
+     ("learning_rate", 0), ("schedule", "steps"), ("guidance", 31), ("condition", 17), ("seed", -1),
+     ("time_mean", 5.0), ("time_spread", 0.0)],
 )  # fmt: skip
 def test_settings_are_checked(field: str, value: object) -> None:
     with pytest.raises(ValueError, match=f"{field} is "):

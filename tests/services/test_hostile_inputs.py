@@ -131,15 +131,15 @@ def ten_hours() -> bytes:
     import soundfile
 
     out = io.BytesIO()
-    with soundfile.SoundFile(out, "w", 8000, 1, format="FLAC", subtype="PCM_16") as file:
-        block = np.zeros(8000 * 600, np.int16)
+    with soundfile.SoundFile(out, "w", 4000, 1, format="FLAC", subtype="PCM_16", compression_level=0.0) as file:
+        block = np.zeros(4000 * 600, np.int16)
         for _ in range(60):
             file.write(block)
     return out.getvalue()
 
 
 def flac_bomb(honest: bool) -> bytes:
-    """Ten hours of silence in less than a megabyte. Dishonest: the header does not tell the length."""
+    """Ten hours of silence in two megabytes. Dishonest: the header does not tell the length."""
     data = bytearray(ten_hours())
     if not honest:
         data[21] &= 0xF0
@@ -300,8 +300,8 @@ def pax_bomb() -> bytes:
 def gzip_bomb() -> bytes:
     packer = zlib.compressobj(9, zlib.DEFLATED, 31)
     head = tarfile.TarInfo("zeros")
-    head.size = 300 * 2**20
-    return packer.compress(head.tobuf()) + b"".join(packer.compress(bytes(2**20)) for _ in range(300)) + packer.flush()
+    head.size = 80 * 2**20
+    return packer.compress(head.tobuf()) + b"".join(packer.compress(bytes(2**20)) for _ in range(80)) + packer.flush()
 
 
 RANDOM = random.Random(7).randbytes(20_000)

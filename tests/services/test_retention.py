@@ -56,6 +56,19 @@ def count(database, table):
         return conn.execute(select(func.count()).select_from(table)).scalar()
 
 
+def test_an_empty_ledger_sweeps_nothing(database, project, store, settings):
+    orphan = put(store, project, b"orphan")
+    assert sweep(settings, database, store).objects == 0
+    assert store.head(orphan.object_key) is not None
+
+
+def test_a_newer_ledger_is_left_as_it_is(database):
+    with database.write() as conn:
+        conn.exec_driver_sql("UPDATE alembic_version SET version_num = '9999'")
+    migrate.upgrade(database)
+    assert migrate.current(database) == "9999"
+
+
 def test_orphans_go_and_referenced_objects_stay(database, project, make_jobs, store, settings):
     kept, orphan, young = put(store, project, b"kept"), put(store, project, b"orphan"), put(store, project, b"young", age=60)
     end(database, make_jobs(1), kept)
@@ -67,6 +80,12 @@ def test_orphans_go_and_referenced_objects_stay(database, project, make_jobs, st
 
 def test_sources_of_open_batches_and_files_of_models_stay(database, project, store, settings):
     source, weights = put(store, project, b"source"), put(store, project, b"weights")
+    registered = put(store, project, b"registered")
+    database.run(
+        lambda conn: registry.add_input(
+            conn, project, name="i", object_key=registered.object_key, sha256=registered.sha256, size=10, media_type="text/plain"
+        )
+    )
     database.run(
         lambda conn: batches.create(conn, new_id("batch"), project, "b", source={"object_key": source.object_key}, digest=None, priority=0)
     )

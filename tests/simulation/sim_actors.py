@@ -536,6 +536,11 @@ class _Counter:
         return f"{Stage.world.facts['uuid']:08x}"
 
 
+def _wait(futures: Any) -> None:
+    for future in futures:
+        future.settled()
+
+
 def _new_id(prefix: str) -> str:
     return Stage.world.new_id(prefix)
 
@@ -556,6 +561,7 @@ def installed() -> Iterator[None]:
         (producer.dispatch, "log", log), (producer.timer, "log", log), (producer.timer, "time", SimTime),
         (producer.timer, "QUEUES", ("text", "train")),
         (worker.execution, "log", log), (worker.execution, "time", SimTime), (worker.execution, "ThreadPoolExecutor", SimPool),
+        (worker.execution, "wait", _wait),
         (worker.execution, "threading", namespace(__import__("threading"), BoundedSemaphore=SimSemaphore)),
         (worker.execution, "Keeper", SimKeeper), (worker.execution, "open_tracer", lambda service: None),
         (worker.execution, "os", namespace(os, getpid=lambda: 1)), (worker.execution, "uuid", namespace(__import__("uuid"), uuid4=_Counter)),

@@ -651,9 +651,12 @@ class SimLog:
 class SimFuture(Future):  # type: ignore[type-arg]
     """A future that is waited for in the world's time."""
 
-    def result(self, timeout: float | None = None) -> Any:
+    def settled(self) -> None:
         while not self.done():
             Stage.world.park(self)
+
+    def result(self, timeout: float | None = None) -> Any:
+        self.settled()
         return super().result(0)
 
 

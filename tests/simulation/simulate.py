@@ -4,6 +4,7 @@ A failing history writes its story to a file and prints the command that plays i
 """
 
 import argparse
+import faulthandler
 import multiprocessing
 import os
 import sys
@@ -23,6 +24,8 @@ def play_many(seeds: range, folder: Path, queue: "multiprocessing.Queue[tuple[st
     seconds = 0.0
     with simulation() as simulated:
         for seed in seeds:
+            # Code that waits in real time, which nobody's task would ever end, shows where it does.
+            faulthandler.dump_traceback_later(60, exit=True)
             outcome = simulated.play(seed)
             played, jobs, seconds = played + 1, jobs + outcome.jobs, seconds + outcome.seconds
             if outcome.violations:

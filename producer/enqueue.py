@@ -135,8 +135,8 @@ class Producer:
                 priority=priority, parents=parents, reuse=reuse and spec.cacheable and self.settings.reuse_results,
                 idempotency_key=idempotency_key, request_hash=request_hash, labels=dict(labels or {}),
             )  # fmt: skip
-            if not lifecycle.insert_jobs(conn, [row]):
-                # Somebody else committed the same key between our look and our insert: look again.
+            if not lifecycle.insert_jobs(conn, [row]) and jobs.get(conn, project_id, job_id) is None:
+                # Not our own earlier try, whose answer was lost: somebody else committed the same key between our look and our insert: look again.
                 raise ServiceUnavailable("the same idempotency key is being accepted right now", code="busy")
             return job_id
 
@@ -284,9 +284,12 @@ class Producer:
         batch_id = new_id("batch")
         source = {"object_key": key, "sha256": sha256, "jobs": total, "file": manifest.path.name}
         title = name or manifest.name or manifest.path.name
-        self.database.run(
-            lambda conn: batches.create(conn, batch_id, project_id, title, source=source, digest=digest, priority=priority, labels=labels)
-        )
+
+        def work(conn: Any) -> None:
+            if batches.get(conn, project_id, batch_id) is None:  # else an earlier try was committed and its answer lost
+                batches.create(conn, batch_id, project_id, title, source=source, digest=digest, priority=priority, labels=labels)
+
+        self.database.run(work)
         return batch_id, False
 
     def _upload_files(self, manifest: manifests.Manifest, project: str | None) -> dict[str, str]:
@@ -428,6 +431,8 @@ class Producer:
                 raise NotFound(f"batch {batch_id} does not exist")
             if batch["finished_at"] is None:
                 raise Conflict(f"batch {batch_id} is {batch['state']}; wait for it or cancel it first", code="batch_not_finished")
+            if batches.get(conn, project_id, new_batch) is not None:
+                return new_batch  # an earlier try was committed and its answer lost
             made = _replay(conn, list(jobs.of_batch(conn, batch_id, RETRYABLE)), new_batch)
             if not made:
                 return None

@@ -20,7 +20,7 @@ from producer.publish import celery_options
 log = structlog.get_logger(__name__)
 
 settings = load_settings()
-app = Celery("factory", broker=settings.broker(), set_as_current=True)
+app = Celery("factory", broker=settings.broker(), set_as_current=True, events="worker.consumer:Events")
 app.conf.update(
     celery_options(),
     # The ledger's lease rescues lost work. Acknowledging late keeps the next hint on the broker until this one is done.

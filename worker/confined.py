@@ -393,17 +393,17 @@ def open_image(
         width, height = _numbers({"width": size[0], "height": size[1]}, width=max_pixels, height=max_pixels)
         if not 0 < width * height <= max_pixels:
             raise _senseless(field, name)
-        mode, row = str(answer["mode"]), width * len(answer["mode"])
+        got, row = str(answer["mode"]), width * len(answer["mode"])
         rows = min(height, max(1, 2**24 // row))
         bands = (
-            Image.frombytes(mode, (width, n), _fill(out, bytearray(n * row), top * row))
+            Image.frombytes(got, (width, n), _fill(out, bytearray(n * row), top * row))
             for top in range(0, height, rows)
             if (n := min(rows, height - top))
         )
         if rows == height:
             return next(bands)
         # In bands: a large picture is held here once, not twice.
-        picture = Image.new(mode, (width, height))
+        picture = Image.new(got, (width, height))
         for index, band in enumerate(bands):
             picture.paste(band, (0, index * rows))
     return picture

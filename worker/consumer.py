@@ -1,8 +1,10 @@
-"""Celery's consumer without the messages that workers send each other, and quick to come back."""
+"""Celery's consumer without the messages that workers send each other, quick to come back and to stop without a broker."""
 
 from functools import partial
 from typing import Any
 
+from celery.app.events import Events as StockEvents
+from celery.events.dispatcher import EventDispatcher
 from celery.worker.consumer import Consumer as StockConsumer
 
 RECONNECT_S = 2.0
@@ -24,3 +26,20 @@ class Consumer(StockConsumer):
         """Wait for the broker; by itself Celery would pause for up to 30 s, long after the broker is back."""
         conn.ensure_connection = partial(conn.ensure_connection, interval_start=0.5, interval_step=0.5, interval_max=RECONNECT_S)
         return super().ensure_connected(conn)
+
+
+class Dispatcher(EventDispatcher):
+    """Sends events once.
+
+    Celery repeats a heartbeat for as long as the broker is away, in the main process and deaf to signals: such a worker cannot be
+    told to stop.
+    """
+
+    def _publish(self, *args: Any, retry: bool = False, **kwargs: Any) -> None:
+        super()._publish(*args, retry=False, **kwargs)
+
+
+class Events(StockEvents):
+    """Events by way of `Dispatcher`."""
+
+    dispatcher_cls = "worker.consumer:Dispatcher"

@@ -164,7 +164,9 @@ def kills(scene: Scene, jobs: int, report: Report) -> None:
     scene.batch(scene.work(jobs))
 
     def outside() -> None:
-        strike(scene, scene.rng.choice(scene.fleet.named("worker")), scene.rng.choice(["child", "keeper", "parent", "tree"]))
+        ready = [m for m in scene.fleet.named("worker") if m.part("keeper")]
+        if len(ready) >= 2:  # else nobody would be left to work, and nothing be learnt
+            strike(scene, scene.rng.choice(ready), scene.rng.choice(["child", "keeper", "parent", "tree"]))
 
     with repeating(outside, lambda: scene.rng.uniform(2.0, 6.0)), contextlib.suppress(TimeoutError):
         scene.until_done(0.95, 240 + jobs / 10)

@@ -39,6 +39,7 @@ from sqlalchemy import text  # noqa: E402
 from sqlalchemy.engine import make_url  # noqa: E402
 
 from contentfactory.jobs.spec import load_kinds  # noqa: E402
+from contentfactory.process import tied  # noqa: E402
 from contentfactory.settings import Settings, load_settings  # noqa: E402
 from db import lifecycle, migrate  # noqa: E402
 from db.session import Database  # noqa: E402
@@ -187,7 +188,7 @@ class Fleet:
     def _start(self, member: Member) -> None:
         with open(member.log, "ab") as log:
             member.process = subprocess.Popen(
-                member.command, env=member.env, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+                tied(member.command), env=member.env, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
             )
         member.starts += 1
 
@@ -205,11 +206,9 @@ class Fleet:
 
     def close(self) -> None:
         """SIGTERM, and after a while SIGKILL."""
-        self._stop.set()
-        if self._thread:
-            self._thread.join()
         for member in self.members:
             member.wanted = False
+        for member in self.members:
             member.send(signal.SIGCONT)
             if member.process.poll() is None:
                 member.process.terminate()
@@ -219,6 +218,10 @@ class Fleet:
                 member.process.wait(max(0.1, end - time.monotonic()))
             member.send(signal.SIGKILL)
             member.process.wait()
+        # Last: the kernel kills what this thread has started when it ends.
+        self._stop.set()
+        if self._thread:
+            self._thread.join()
 
 
 @dataclass

@@ -5,6 +5,7 @@
 
 import argparse
 import json
+import signal
 import sys
 import time
 import traceback
@@ -37,6 +38,7 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=0, help="jobs in each fault; each fault's own number where left out")
     parser.add_argument("--out", type=Path, default=Path(".factory-chaos"), help="folder of reports and histories")
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     seed = args.seed if args.seed is not None else int(time.time())
     chosen = [x for x in args.fault.split(",") if x] or ORDER
     unknown = [x for x in chosen if x not in FAULTS]

@@ -1,12 +1,14 @@
 """A worker's part: claim, run, upload, commit; what one job does never hurts its neighbours."""
 
+import contextlib
+import errno
 import threading
 
 import pytest
 from pydantic import Field
-from sqlalchemy import select
+from sqlalchemy import select, update
 
-from contentfactory.errors import InputError, TransientError
+from contentfactory.errors import InputError, ServiceUnavailable, TransientError
 from contentfactory.jobs import spec as specs
 from contentfactory.jobs.spec import OutputRef, Params, Text, kind
 from contentfactory.settings import load_settings
@@ -16,6 +18,7 @@ from storage.memory import MemoryStore
 from worker import runners
 from worker.context import Failure, Output
 from worker.execution import Executor, classify
+from worker.keeper import _Held, _Keeper
 
 seen: list[list[str]] = []
 
@@ -251,3 +254,129 @@ def test_scratch_is_empty_afterwards(executor, act):
 @pytest.mark.parametrize(("error", "expected"), [(MemoryError(), "resource"), (ValueError("x"), "bug"), (InputError("x"), "input")])
 def test_classes_of_errors(error, expected):
     assert classify(error).error_class == expected
+
+
+# --- what the fault harness found ---
+
+
+def test_a_claim_whose_answer_was_lost_is_taken_up_again(database, executor, make_jobs, monkeypatch):
+    """The COMMIT took effect, its answer did not arrive: the repeat must find its own jobs and not leave them to their lease."""
+    ids = make_jobs(3, kind="trial.act", params={"text": "again"}, reuse=False)
+    real, calls = lifecycle.claim, []
+
+    def claim(*args):
+        calls.append(args)
+        return real(*args)
+
+    write = database.write
+
+    @contextlib.contextmanager
+    def lost():
+        with write() as conn:
+            yield conn
+        if len(calls) == 1:
+            raise ServiceUnavailable("the connection to the database was lost")
+
+    monkeypatch.setattr(lifecycle, "claim", claim)
+    monkeypatch.setattr(database, "write", lost)
+    executor.run("trial.act", ids)
+    executor.finishers.submit(lambda: None).result()
+    assert len(calls) > 1
+    assert states(database, ids) == ["succeeded"] * 3
+    with database.read() as conn:
+        assert set(conn.execute(select(Job.attempt)).scalars()) == {1}
+
+
+def test_a_doubled_hint_does_not_take_up_what_is_still_being_committed(database, executor, make_jobs):
+    [job] = make_jobs(1, kind="trial.act", params={"text": "once"})
+    executor._flying.add(job)
+    with database.write() as conn:
+        assert [c.id for c in lifecycle.claim(conn, [job], executor.worker, 30)] == [job]
+        assert [c.id for c in lifecycle.claimed_by(conn, [job], executor.worker)] == [job]
+        assert lifecycle.claimed_by(conn, [job], "another") == []
+    executor.run("trial.act", [job])
+    assert seen == []
+
+
+def test_finished_work_waits_for_a_ledger_that_is_away(database, executor, act, monkeypatch):
+    run, failures = database.run, [0]
+
+    def away(work, tries=5):
+        if tries == 8 and failures[0] < 2:
+            failures[0] += 1
+            raise ServiceUnavailable("the database did not answer")
+        return run(work, tries)
+
+    monkeypatch.setattr(database, "run", away)
+    ids = act("one", "two")
+    assert failures == [2]
+    assert states(database, ids) == ["succeeded"] * 2
+
+
+def test_a_ledger_that_goes_away_before_the_runner_is_not_the_jobs_fault(database, executor, act, monkeypatch):
+    def away(*_):
+        raise ServiceUnavailable("the database did not answer")
+
+    monkeypatch.setattr(executor, "_reuse", away)
+    ids = act("one")
+    assert states(database, ids) == ["queued"]
+    with database.read() as conn:
+        assert conn.execute(select(Job.tries)).scalar() == {"transient": 1}
+
+
+def test_a_scratch_folder_that_cannot_be_made_is_not_the_jobs_fault(database, executor, act):
+    executor.settings.scratch.parent.mkdir(parents=True, exist_ok=True)
+    executor.settings.scratch.write_text("in the way")
+    ids = act("one", "two")
+    assert states(database, ids) == ["queued"] * 2
+    with database.read() as conn:
+        assert list(conn.execute(select(Job.tries)).scalars()) == [{"transient": 1}] * 2
+    executor.settings.scratch.unlink()
+    assert executor._flying == set()
+
+
+def test_a_job_that_is_tried_again_is_alone_in_its_process(database, executor, act, make_jobs, monkeypatch):
+    [job] = act("explode")
+    database.run(lambda conn: conn.execute(update(Job).values(run_after=0)))
+    under_way = threading.Event()
+    order = []
+    finish = executor._finish
+
+    def slow(spec, members, *rest):
+        if members[0].claimed.id != job:
+            under_way.wait(5)
+        finish(spec, members, *rest)
+        order.append(members[0].claimed.id)
+
+    monkeypatch.setattr(executor, "_finish", slow)
+    [neighbour] = make_jobs(1, kind="trial.act", params={"text": "neighbour"})
+    executor.run("trial.act", [neighbour])
+    threading.Timer(0.3, under_way.set).start()
+    executor.run("trial.act", [job])
+    # Both are committed by now: the neighbour before the other began, the other before anything else may begin.
+    assert order == [neighbour, job]
+
+
+def test_the_end_of_a_process_is_laid_to_the_job_that_computed(database, executor, make_jobs):
+    """A single job that only waits for its upload is given back without a strike while another one computes."""
+    uploading, computing = make_jobs(2)
+    keys = {}
+    for job in (uploading, computing):
+        database.run(lambda conn, job=job: lifecycle.claim(conn, [job], "w", 30))
+        keys[job] = (job, 1)
+    keeper = _Keeper(executor.settings)
+    keeper.database.close()
+    keeper.database = database
+    for job, watched in ((uploading, False), (computing, True)):
+        keeper.held[keys[job]] = _Held(60, 60, 0, 0, watched=watched, group=frozenset({keys[job]}))
+    keeper.end(said_bye=False)
+    with database.read() as conn:
+        rows = {r.id: (r.state, r.strikes) for r in conn.execute(select(Job.id, Job.state, Job.strikes))}
+    assert rows == {uploading: ("queued", 0), computing: ("queued", 1)}
+
+
+@pytest.mark.parametrize(
+    "error", [ServiceUnavailable("away"), OSError(errno.ENOSPC, "No space left on device"), OSError(errno.EMFILE, "Too many open files")]
+)
+def test_faults_of_the_machine_are_transient(error):
+    assert classify(error).error_class == "transient"

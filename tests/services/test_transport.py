@@ -425,10 +425,14 @@ def test_a_broker_that_dies_with_all_its_data_is_consumed_again(rig):
     assert time.monotonic() - started < 6
 
 
-def test_the_worker_lived_through_all_of_it_quietly(rig):
+def test_a_worker_without_a_broker_obeys_a_signal(rig):
     assert rig.worker.poll() is None
+    rig.service.stop()
+    time.sleep(3)  # longer than a heartbeat's pause
+    started = time.monotonic()
     rig.worker.terminate()
     assert rig.worker.wait(20) == 0
+    assert time.monotonic() - started < 15
     log = rig.log.read_text(errors="replace")
+    assert log.count("Connection to broker lost") == 2  # the two times that it was killed
     assert "Traceback" not in log
-    assert log.count("Connection to broker lost") == 1

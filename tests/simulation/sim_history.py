@@ -9,7 +9,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sim_actors import DISPATCH_S, LEASE_S, POLICY, REAPER_S, Crew, Line, User, checkpoint_of, installed, result_of
+from sim_actors import (
+    DISPATCH_S,
+    LEASE_S,
+    POLICY,
+    REAPER_S,
+    Crew,
+    Line,
+    User,
+    checkpoint_of,
+    installed,
+    result_of,
+)
 from sim_world import EPOCH, Ledger, Process, Stage, World
 from sqlalchemy import text
 

@@ -150,7 +150,7 @@ def serve(family, parent):
     def everything(args, files, session):
         attempts = {
             "read": lambda: open(args["name"]),
-            "write": lambda: open("/tmp/contentfactory-escaped", "w"),
+            "write": lambda: open(args["name"] + ".escaped", "w"),
             "list": lambda: os.listdir("/"),
             "connect": lambda: socket.create_connection(("127.0.0.1", args["max_pixels"]), 1),
             "unix": lambda: socket.socket(socket.AF_UNIX),

@@ -62,7 +62,7 @@ TEXT_TO_IMAGE = register(
             "weights": "worker/assets/text-to-image/model.safetensors",
             "config": "worker/assets/text-to-image/model.json",
         },
-        sha256={"weights": "5e30f024d4761ea2adbe0b48c30995ecb622037961ce6665d6fd114365b9b006"},
+        sha256={"weights": "d2d4032277ccf71bffc462a58d4b84839df84bc9d5bb5c1f90d32ee93fc4f4e9"},
         licence="MIT",
         summary="Single things in a soft 3D style on transparent ground, 128 pixels; trained by train.flow",
         memory_mb=120,

@@ -138,7 +138,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--prompts", type=Path, default=Path(__file__).parent / "judge_prompts.jsonl")
     parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--guidance", type=float, default=2.0)
+    parser.add_argument("--guidance", type=float, default=3.0)
     parser.add_argument("--seed", type=int, default=1000, help="item i is made with seed + i")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)

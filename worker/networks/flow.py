@@ -417,7 +417,7 @@ def sample(
     *,
     generators: list[torch.Generator],
     steps: int = 30,
-    guidance: float = 2.0,
+    guidance: float = 3.0,
 ) -> Tensor:
     """Make one picture for each sentence vector.
 

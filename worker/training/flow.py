@@ -123,7 +123,7 @@ class FlowTrainingConfig:
     concurrent: bool = False
     prompts: tuple[str, ...] = DEFAULT_PROMPTS
     sample_steps: int = 30
-    guidance: float = 2.0
+    guidance: float = 3.0
 
     def __post_init__(self) -> None:
         def check(name: str, allowed: str, right: bool) -> None:

@@ -62,7 +62,9 @@ class TrainFlow(Params):
     decoder_batch: int = Field(default=8, ge=1, le=1024, description="pictures in an update of the decoder")
     caption_dropout: float = Field(default=0.1, ge=0, lt=1, description="probability that a caption is hidden, for guidance")
     caption_blend: float = Field(default=0.5, ge=0, le=1, description="probability that a vector is blended with a second caption's")
-    caption_jitter: float = Field(default=0.03, ge=0, le=1, description="largest noise on sentence vectors, standard deviation")
+    caption_jitter: float = Field(default=0.05, ge=0, le=1, description="largest noise on sentence vectors, standard deviation")
+    time_mean: float = Field(default=-1.2, ge=-4, le=4, description="mean of the training times' logit; low ones decide the subject")
+    time_spread: float = Field(default=1.4, gt=0, le=4, description="standard deviation of the training times' logit")
     latent_noise: float = Field(default=0.25, ge=0, le=2, description="largest noise on the decoder's latents, standard deviation")
     edge_weight: float = Field(default=1.0, ge=0, le=100, description="weight of edges in the decoder's loss")
     flips: bool = Field(default=False, description="learn mirror images of pictures that allow it as well")
@@ -81,7 +83,7 @@ class TrainFlow(Params):
     concurrent: bool = Field(default=False, description="update flow and decoder in a thread each (two cores)")
     prompts: tuple[str, ...] | None = Field(default=None, min_length=1, max_length=64, description="what the sample grids show")
     sample_steps: int = Field(default=30, ge=1, le=1000, description="sampler steps of the grids, and the model's default")
-    guidance: float = Field(default=2.0, ge=0, le=30, description="guidance of the grids, and the model's default")
+    guidance: float = Field(default=3.0, ge=0, le=30, description="guidance of the grids, and the model's default")
 
     @model_validator(mode="after")
     def _fits(self) -> "TrainFlow":

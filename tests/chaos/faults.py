@@ -598,7 +598,7 @@ def cancels(scene: Scene, jobs: int, report: Report) -> None:
     scene.start(3, 1)
     scene.wait_workers(3)
     scene.batch(scene.work(jobs - jobs // 4 - jobs // 20) + scene.work(jobs // 20, (1.0, 3.0)))
-    second = scene.batch(scene.work(jobs // 4))
+    second = scene.batch(scene.work(jobs // 4), expand=True)
     wait(lambda: scene.done() > 10, 90, "the first jobs")
     asked: dict[str, float] = {}
     ids = list(scene.accepted)

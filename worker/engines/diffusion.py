@@ -247,7 +247,8 @@ def _load_flow(model: ResolvedModel, encoder: Encoder, device: str) -> FlowPaint
         try:
             found = json.loads(model.files["config"].read_text(encoding="utf-8"))
             found = found.get("defaults", found)
-            settings = {key: found[key] for key in ("steps", "guidance") if isinstance(found.get(key), int | float)}
+            defaults = found.get("defaults", found)
+            settings = {key: defaults[key] for key in ("steps", "guidance") if isinstance(defaults.get(key), int | float)}
         except (OSError, ValueError, AttributeError) as error:
             raise ModelUnavailable(f"model {model.name}: its config cannot be read: {error}") from error
     settings |= {key: model.options[key] for key in ("steps", "guidance") if key in model.options}
@@ -259,7 +260,7 @@ def _load_flow(model: ResolvedModel, encoder: Encoder, device: str) -> FlowPaint
         raise ModelUnavailable(
             f"model {model.name}: it takes sentence vectors of {net.config.text_width} numbers, {encoder.name} gives {encoder.dimensions}"
         )
-    return FlowPainter(net.to(device), encoder, int(settings.get("steps", 30)), float(settings.get("guidance", 2.0)))
+    return FlowPainter(net.to(device), encoder, int(settings.get("steps", 30)), float(settings.get("guidance", 3.0)))
 
 
 def _load_diffusers(model: ResolvedModel, device: str) -> DiffusersPainter:

@@ -256,7 +256,7 @@ def test_classes_of_errors(error, expected):
     assert classify(error).error_class == expected
 
 
-# --- what the fault harness found ---
+# --- faults of ledger, disk and process; most found by reading while the fault harness was written ---
 
 
 def test_a_claim_whose_answer_was_lost_is_taken_up_again(database, executor, make_jobs, monkeypatch):

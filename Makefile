@@ -23,7 +23,9 @@ run: setup ## the main job: texts, speech, pictures, cards and clips of examples
 	@$(BIN)/factory run examples/facts.yaml --deliver delivery
 
 test: setup ## all tests
-	@$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile $(ARGS)
+	@# The supervisor's tests start and kill process groups; inside a worker of xdist two of them hang, so they run by themselves.
+	@$(BIN)/python -m pytest -q tests/unit/test_supervisor.py
+	@$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile --ignore=tests/unit/test_supervisor.py $(ARGS)
 
 chaos: setup ## faults 1 to 17 against real services; FAULT=3,4 SEED=7 JOBS=2000 (docs/chaos.md)
 	@$(BIN)/python tests/chaos/run.py $(if $(FAULT),--fault $(FAULT)) $(if $(SEED),--seed $(SEED)) $(if $(JOBS),--jobs $(JOBS))

@@ -548,17 +548,23 @@ def heartbeat(conn: Connection, held: Mapping[tuple[str, int], tuple[float | Non
     Args:
         conn: Connection in a write transaction.
         held: (job id, attempt) → (progress in [0, 1] or None, message or None) of everything this worker runs.
-        lease_s: New length of the lease from now, seconds.
+        lease_s: New length of the lease from now, seconds. A lease of which two thirds are left is not written again.
     """
     alive: dict[tuple[str, int], bool] = {}
     for attempt, ids in _by_attempt(held).items():
-        statement = (
-            update(Job)
-            .where(among(conn, Job.id, ids), Job.attempt == attempt, has_state(JobState.RUNNING))
-            .values(lease_until=now() + lease_s)
-            .returning(Job.id, Job.cancel_requested)
-        )
-        alive.update({(row.id, attempt): row.cancel_requested for row in conn.execute(statement)})
+        mine = (among(conn, Job.id, ids), Job.attempt == attempt, has_state(JobState.RUNNING))
+        found = conn.execute(select(Job.id, Job.cancel_requested, Job.lease_until - now()).where(*mine)).all()
+        alive.update({(row[0], attempt): row[1] for row in found})
+        aged = [row[0] for row in found if row[2] is None or row[2] < lease_s * 2 / 3]
+        if aged:
+            renewed = conn.execute(
+                update(Job)
+                .where(among(conn, Job.id, aged), Job.attempt == attempt, has_state(JobState.RUNNING))
+                .values(lease_until=now() + lease_s)
+                .returning(Job.id)
+            )
+            for job_id in set(aged) - set(renewed.scalars()):
+                alive.pop((job_id, attempt))  # it ended between the two statements
     for key, (progress, message) in held.items():
         if key in alive and (progress is not None or message):
             conn.execute(
@@ -1027,10 +1033,14 @@ def counts(conn: Connection, batch_id: str) -> dict[str, dict[str, int]]:
     return dict(out)
 
 
-def with_waiting_jobs(conn: Connection, batch_ids: Iterable[str]) -> set[str]:
-    """Those of the batches in which a job waits still: they cannot be finished, and counting them would be for nothing."""
-    waits = select(Job.id).where(Job.batch_id == Batch.id, has_state(JobState.BLOCKED, JobState.QUEUED)).exists()
-    return set(conn.execute(select(Batch.id).where(among(conn, Batch.id, batch_ids), waits)).scalars())
+def all_ended(conn: Connection, batch_ids: Iterable[str]) -> set[str]:
+    """Those of the batches all of whose jobs have ended by the counters: a look that needs no write transaction."""
+    totals = conn.execute(select(Batch.id, Batch.total).where(among(conn, Batch.id, batch_ids), Batch.finished_at.is_(None))).all()
+    return {row.id for row in totals if _ended_jobs(counts(conn, row.id)) >= row.total}
+
+
+def _ended_jobs(per_kind: Mapping[str, Mapping[str, int]]) -> int:
+    return sum(n for states in per_kind.values() for state, n in states.items() if state in TERMINAL)
 
 
 def close_batches(conn: Connection, batch_ids: Iterable[str] | None = None) -> list[str]:
@@ -1047,8 +1057,7 @@ def close_batches(conn: Connection, batch_ids: Iterable[str] | None = None) -> l
     closed = []
     for row in conn.execute(query).all():
         per_kind = counts(conn, row.id)
-        ended = sum(n for states in per_kind.values() for state, n in states.items() if state in TERMINAL)
-        if ended < row.total:
+        if _ended_jobs(per_kind) < row.total:
             continue
         state = BatchState.CANCELLED if row.state == BatchState.CANCELLING else BatchState.COMPLETED
         hit = conn.execute(

@@ -190,7 +190,8 @@ class Job(Base):
         Index("uq_jobs_idempotency_key", "project_id", "idempotency_key", unique=True, postgresql_where=_KEYED, sqlite_where=_KEYED),
         Index("ix_jobs_queued", "queue", "project_id", "band", "rank", "id", postgresql_where=_QUEUED, sqlite_where=_QUEUED),
         Index("ix_jobs_dispatched", "queue", "dispatched_at", postgresql_where=_DISPATCHED, sqlite_where=_DISPATCHED),
-        Index("ix_jobs_running", "lease_until", postgresql_where=_RUNNING, sqlite_where=_RUNNING),
+        # By what never changes while a job runs, so that a heartbeat touches no index. Running jobs are few.
+        Index("ix_jobs_running", "id", postgresql_where=_RUNNING, sqlite_where=_RUNNING),
         Index("ix_jobs_result", "result_key", postgresql_where=_KEPT, sqlite_where=_KEPT),
         Index("ix_jobs_batch_line", "batch_id", "line", "id", postgresql_where=_BATCHED, sqlite_where=_BATCHED),
         # What is looked for in a large batch and rarely there: these cost nothing on the way of a job that succeeds.

@@ -19,7 +19,7 @@ from contentfactory.errors import Conflict, FactoryError, InputError, NotFound, 
 from contentfactory.ids import is_id, new_id, stable_seed
 from contentfactory.jobs.spec import Params, canonical, get_kind, iter_inputs, iter_refs, put_at, takes_media
 from contentfactory.settings import Settings
-from contentfactory.states import TERMINAL, BatchState, JobState, Priority
+from contentfactory.states import TERMINAL, UNWELL, BatchState, JobState, Priority
 from db import batches, jobs, lifecycle, projects, registry
 from db.session import Database
 from producer import manifest as manifests
@@ -699,7 +699,7 @@ class Producer:
         return made
 
 
-RETRYABLE = (JobState.FAILED, JobState.DEAD, JobState.CANCELLED)
+RETRYABLE = UNWELL
 
 
 def _replay(conn: Any, rows: Sequence[Any], batch_id: str | None) -> list[lifecycle.NewJob]:

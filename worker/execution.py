@@ -151,7 +151,7 @@ class Executor:
         self._flying: set[str] = set()
         # Objects that this process put a moment ago, with the time: equal outputs (an empty text, a silence) are put once. The
         # sweep takes nothing that is younger than its window, so a fraction of that is safe.
-        self._put: dict[str, float] = {}
+        self._put: dict[tuple[str, str, str], tuple[str, float]] = {}
         self._put_s = min(60.0, settings.sweep_window_s / 4)
 
     @property
@@ -464,8 +464,8 @@ class Executor:
         data = output.data
         if isinstance(data, bytes) and len(data) <= INSTANT_BYTES:
             sha256 = hashlib.sha256(data).hexdigest()
-            key = artifact_key(member.claimed.project_id, sha256, suffix_for(output.media_type))
-            if time.monotonic() - self._put.get(key, -1e9) < self._put_s:
+            key, at = self._put.get((member.claimed.project_id, sha256, output.media_type), ("", -1e9))
+            if time.monotonic() - at < self._put_s:
                 return _Stored(_artifact(member.claimed, output, member.resolved, key, sha256, len(data), "output"))
         return self.uploads.submit(self._upload, member.claimed, output, member.resolved)
 
@@ -492,7 +492,7 @@ class Executor:
         if size <= INSTANT_BYTES:
             if len(self._put) > 1000:
                 self._put.clear()
-            self._put[key] = began
+            self._put[(claimed.project_id, sha256, output.media_type)] = (key, began)
         return _artifact(claimed, output, resolved, key, sha256, size, role)
 
     def _finish(self, spec: KindSpec, members: Sequence[_Member], reused: Mapping[_Member, Success], scratch: Path,
@@ -529,7 +529,7 @@ class Executor:
             batch_ids = {m.claimed.batch_id for m in members if m.claimed.batch_id}
             if batch_ids:
                 with self.database.read() as conn:
-                    batch_ids -= lifecycle.with_waiting_jobs(conn, batch_ids)
+                    batch_ids = lifecycle.all_ended(conn, batch_ids)
             if batch_ids:
                 self.database.run(lambda conn: lifecycle.close_batches(conn, batch_ids))
             log.info(

@@ -282,7 +282,8 @@ class Supervisor:
     """Holds the processes of one state folder; use it as a context manager.
 
     In the main thread it turns SIGTERM and SIGHUP into `Interrupted`, as Ctrl-C raises `KeyboardInterrupt`, so that the
-    ``with`` block ends and everything is stopped in order; the next signal after that kills at once.
+    ``with`` block ends and everything is stopped in order; the next signal after that kills at once. Under ``nohup`` SIGHUP
+    stays ignored.
 
     Args:
         settings: Settings.
@@ -663,6 +664,10 @@ class Supervisor:
         if threading.current_thread() is not threading.main_thread():
             return
         for sig in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            # nohup has it stay when the terminal closes. SIGINT is caught all the same: a shell ignores it in what runs in
+            # the background, and the services, which have sessions of their own, would not hear it either.
+            if sig == signal.SIGHUP and signal.getsignal(sig) == signal.SIG_IGN:
+                continue
             self._old_handlers[sig] = signal.signal(sig, self._on_signal)
 
     def _restore_signals(self) -> None:

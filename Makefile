@@ -23,6 +23,7 @@ run: setup ## the main job: texts, speech, pictures, cards and clips of examples
 	@$(BIN)/factory run examples/facts.yaml --deliver delivery
 
 test: setup ## all tests
+	@$(BIN)/python scripts/browser.py
 	@$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile $(ARGS)
 
 chaos: setup ## faults 1 to 17 against real services; FAULT=3,4 SEED=7 JOBS=2000 (docs/chaos.md)

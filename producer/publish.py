@@ -1,7 +1,7 @@
 """Hints on the broker: Celery messages that carry ids, in two bands of priority per queue."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import celery
 import redis
@@ -11,8 +11,11 @@ from redis.exceptions import RedisError
 from contentfactory.errors import ServiceUnavailable
 from contentfactory.settings import Settings
 from contentfactory.states import Priority
-from db.lifecycle import Hint
 from producer import transport
+
+if TYPE_CHECKING:
+    # Not loaded: Flower and a worker's parent come through here and never touch the ledger.
+    from db.lifecycle import Hint
 
 URGENT, ORDINARY = 0, 9
 """Redis priorities: 0 leaves first. Interactive jobs overtake the minute of bulk work that waits in the broker."""
@@ -61,7 +64,7 @@ class Publisher:
         tcp = {} if url.startswith("unix:") else {"socket_keepalive": True}
         self._redis = redis.Redis.from_url(url, socket_timeout=15, socket_connect_timeout=5, **tcp)
 
-    def send(self, hints: Sequence[Hint]) -> list[Hint]:
+    def send(self, hints: Sequence["Hint"]) -> "list[Hint]":
         """Publish micro-batches.
 
         Returns:

@@ -42,6 +42,7 @@ from producer.tracing import Attempted, open_tracer
 from storage.keys import artifact_key, suffix_for
 from worker import confined, failpoints
 from worker.context import Failure, InputFile, JobContext, NewModel, Output
+from worker.drain import drain_file
 from worker.engines.files import ResolvedModel, locate
 from worker.inputs import Inputs, Resolved
 from worker.keeper import Keeper
@@ -59,11 +60,6 @@ INSTANT_BYTES = 65_536
 """Outputs up to this size are looked up among those that were just stored before they are put."""
 PENDING_GROUPS = 2
 """Micro-batches that may be encoded, uploaded and committed while the next one computes."""
-
-
-def drain_file(settings: Settings) -> Path:
-    """The file that says 'give resumable work back', made by the worker's parent when it is told to stop."""
-    return settings.run_dir / f"drain-{os.environ.get('FACTORY_WORKER_NAME', socket.gethostname())}"
 
 
 def pick_device(wanted: str) -> str:

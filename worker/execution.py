@@ -313,7 +313,7 @@ class Executor:
             for item in runner(params, context):
                 member = members[item.job]
                 if isinstance(item, Failure):
-                    member.error = item.error
+                    member.error = classify(item.error)
                 elif isinstance(item, NewModel):
                     member.models.append(item)
                 else:
@@ -618,7 +618,17 @@ def _without_refs(resolved: Resolved) -> dict[str, Any]:
 
 
 def classify(error: BaseException) -> FactoryError:
-    """Any exception as one of ours; its class decides what happens to the job."""
+    """Any exception as one of ours; its class decides what happens to the job.
+
+    The exception loses its traceback and what it was raised from: these hold the frames it passed through, with their pictures and
+    tensors and with the very members that keep the error, a cycle that the collector finds hundreds of failed jobs later.
+    """
+    problem = _classified(error)
+    error.__traceback__ = error.__context__ = error.__cause__ = None
+    return problem
+
+
+def _classified(error: BaseException) -> FactoryError:
     if isinstance(error, FactoryError):
         if error.error_class == "service":  # the ledger or the store is away: never the job's fault
             return TransientError(error.message, code=error.code)

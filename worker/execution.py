@@ -137,6 +137,7 @@ class Executor:
         self._draining = False
         self._models: dict[str, ResolvedModel] = {}
         self._flying: set[str] = set()
+        self._uncleared: list[Path] = []
 
     @property
     def device(self) -> str:
@@ -224,7 +225,7 @@ class Executor:
                 self.keeper.models(self.cache.keys)
         except BaseException:
             self._slots.release()
-            shutil.rmtree(scratch, ignore_errors=True)
+            self._clear(scratch)
             if self.keeper:
                 self.keeper.drop(keys)  # the leases run out and somebody else takes over
             self._flying.difference_update(i for i, _ in keys)
@@ -233,6 +234,14 @@ class Executor:
         finished = self.finishers.submit(self._finish, spec, members, reused, scratch, phases, started)
         if alone:
             wait([finished])
+
+    def _clear(self, scratch: Path) -> None:
+        """Remove a scratch folder, and those that could not be removed before: that takes handles, and there may be none left."""
+        left, self._uncleared = [*self._uncleared, scratch], []
+        for folder in left:
+            shutil.rmtree(folder, ignore_errors=True)
+            if folder.exists():
+                self._uncleared.append(folder)
 
     # --- before the runner ---
 
@@ -519,7 +528,7 @@ class Executor:
                 self.keeper.drop(keys)
             self._flying.difference_update(i for i, _ in keys)
             self._slots.release()
-            shutil.rmtree(scratch, ignore_errors=True)
+            self._clear(scratch)
         try:
             self.dispatcher.dispatch()
         except ServiceUnavailable:

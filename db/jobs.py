@@ -7,6 +7,7 @@ from sqlalchemy import Connection, RowMapping, select
 
 from contentfactory.states import JobState
 from db.models import Artifact, Attempt, Dependency, Event, Job
+from db.sql import among
 
 COLUMNS = (
     Job.id, Job.project_id, Job.batch_id, Job.custom_id, Job.line, Job.kind, Job.queue, Job.state, Job.priority, Job.params,
@@ -25,6 +26,11 @@ ARTIFACT_COLUMNS = (
 def get(conn: Connection, project_id: str, job_id: str) -> RowMapping | None:
     """A job of the project."""
     return conn.execute(select(*COLUMNS).where(Job.id == job_id, Job.project_id == project_id)).mappings().one_or_none()
+
+
+def states(conn: Connection, job_ids: Sequence[str]) -> dict[str, JobState]:
+    """State of each job that exists."""
+    return {row.id: JobState(row.state) for row in conn.execute(select(Job.id, Job.state).where(among(conn, Job.id, job_ids)))}
 
 
 def by_key(conn: Connection, project_id: str, key: str) -> RowMapping | None:

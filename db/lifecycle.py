@@ -29,6 +29,7 @@ from contentfactory.errors import DependencyFailed, TransientError
 from contentfactory.ids import new_id
 from contentfactory.jobs.spec import RetryPolicy, get_kind
 from contentfactory.states import ACTIVE, TERMINAL, BatchState, JobState, Priority
+from db import limits
 from db.models import (
     Artifact,
     Attempt,
@@ -287,6 +288,7 @@ def dispatch(conn: Connection, queue: str, *, cap_s: float, max_jobs: int = 4096
     candidates = _candidates(conn, queue, at, window)
     if not candidates:
         return []
+    bounds = limits.caps(conn, queue, {row.share_key for rows in candidates.values() for row in rows}, at, worker_seen_s)
     shares = dict(conn.execute(select(Share.project_id, Share.virtual_seconds).where(Share.queue == queue)).all())
     weights = dict(conn.execute(select(Project.id, Project.weight).where(Project.id.in_(list(candidates)))).all())
     # A project that was idle joins at the level of the least advanced busy one: idleness earns no credit to burst with.
@@ -300,7 +302,8 @@ def dispatch(conn: Connection, queue: str, *, cap_s: float, max_jobs: int = 4096
         rows = candidates[project]
         head = rows[0]
         spec = get_kind(head.kind)
-        limit = min(spec.max_group, head.group_limit or spec.max_group)
+        most = bounds.get(head.share_key, spec.max_group)
+        limit = min(spec.max_group, most, head.group_limit or spec.max_group)
         group: list[Any] = []
         rest: list[Any] = []
         for row in rows:

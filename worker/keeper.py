@@ -115,10 +115,10 @@ class Keeper:
         with self._lock:
             _send(self._process, {"op": "beat", "job": key, "fraction": fraction, "message": message})
 
-    def models(self, names: Sequence[str]) -> None:
-        """Say which models are loaded."""
+    def models(self, names: Sequence[str], device: str | None = None) -> None:
+        """Say which models are loaded, and on what make of device."""
         with self._lock:
-            _send(self._process, {"op": "models", "names": list(names)})
+            _send(self._process, {"op": "models", "names": list(names), "device": device})
 
     def gone(self, key: Key) -> bool:
         """Whether the job was cancelled or is held by another attempt."""
@@ -243,7 +243,7 @@ class _Keeper:
                     if member in self.held:
                         self.held[member].heard, self.held[member].spoke = at, True
         elif op == "models":
-            self.names = message["names"]
+            self.names, self.device = message["names"], message.get("device") or self.device
         return op == "bye"
 
     def beat(self) -> None:

@@ -29,7 +29,7 @@ from contentfactory.errors import DependencyFailed, TransientError
 from contentfactory.ids import new_id
 from contentfactory.jobs.spec import RetryPolicy, get_kind
 from contentfactory.states import ACTIVE, TERMINAL, BatchState, JobState, Priority
-from db import limits
+from db import limits, warm
 from db.models import (
     Artifact,
     Attempt,
@@ -297,13 +297,15 @@ def dispatch(conn: Connection, queue: str, *, cap_s: float, max_jobs: int = 4096
     hints: list[tuple[str, int, list[str], float]] = []
     taken = 0
     idle = int(flying[1]) == 0
+    prefer = warm.Preference(conn, queue, at, worker_seen_s)
     while candidates and (room_s > 0 or room_jobs > 0) and taken < max_jobs:
         project = min(candidates, key=lambda p: (-candidates[p][0].priority, virtual[p], p))
         rows = candidates[project]
-        head = rows[0]
+        place, company = prefer.pick(project, rows)
+        head = rows[place]
         spec = get_kind(head.kind)
         most = bounds.get(head.share_key, spec.max_group)
-        limit = min(spec.max_group, most, head.group_limit or spec.max_group)
+        limit = min(spec.max_group, most, head.group_limit or spec.max_group, company or spec.max_group)
         group: list[Any] = []
         rest: list[Any] = []
         for row in rows:
@@ -322,6 +324,8 @@ def dispatch(conn: Connection, queue: str, *, cap_s: float, max_jobs: int = 4096
             del candidates[project]
         if alone_too_early:
             continue
+        if place:
+            prefer.passed(project, rows[0].id, len(group))
         cost = sum(row.seconds for row in group)
         virtual[project] += cost / max(weights.get(project, 1.0), 1e-6)
         room_s -= cost
@@ -329,6 +333,7 @@ def dispatch(conn: Connection, queue: str, *, cap_s: float, max_jobs: int = 4096
         taken += len(group)
         hints.append((head.kind, head.priority, [row.id for row in group], cost))
         idle = False
+    prefer.save()
     ids = [i for hint in hints for i in hint[2]]
     marked: set[str] = set()
     for chunk in _chunks(ids):
@@ -367,7 +372,7 @@ def _candidates(conn: Connection, queue: str, at: float, window: int) -> dict[st
         if project in paused:
             continue
         query = (
-            select(Job.id, Job.kind, Job.priority, Job.share_key, Job.seconds, Job.group_limit, Job.created_at, Job.run_after)
+            select(Job.id, Job.kind, Job.priority, Job.share_key, Job.seconds, Job.group_limit, Job.created_at, Job.run_after, Job.model)
             .where(Job.state == text("'queued'"), Job.queue == queue, Job.project_id == project, Job.run_after <= at)
             .where(or_(Job.batch_id.is_(None), Job.batch_id.not_in(held)))
             .order_by(Job.band, Job.rank, Job.id)

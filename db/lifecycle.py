@@ -386,11 +386,12 @@ def _candidates(conn: Connection, queue: str, at: float, window: int) -> dict[st
     return found
 
 
-def undispatch(conn: Connection, ids: Sequence[str]) -> int:
-    """Put jobs back whose hint could not be published."""
+def undispatch(conn: Connection, ids: Sequence[str], delay_s: float = 0.0) -> int:
+    """Put jobs back whose hint could not be published, or cannot be served for ``delay_s`` seconds."""
+    later = {"run_after": now() + delay_s} if delay_s > 0 else {}
     n = 0
     for chunk in _chunks(ids):
-        statement = update(Job).where(Job.id.in_(chunk), Job.state == JobState.DISPATCHED).values(state=JobState.QUEUED, dispatched_at=None)
+        statement = update(Job).where(Job.id.in_(chunk), Job.state == JobState.DISPATCHED).values(state=JobState.QUEUED, dispatched_at=None, **later)
         n += conn.execute(statement).rowcount
     return n
 

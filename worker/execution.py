@@ -47,6 +47,7 @@ from worker.keeper import Keeper
 from worker.meter import GroupMeter
 from worker.models import ModelCache
 from worker.runners import get_runner
+from worker.warmup import WarmUp
 
 log = structlog.get_logger(__name__)
 T = TypeVar("T")
@@ -129,6 +130,7 @@ class Executor:
         self.cache = ModelCache(limit_mb=float(os.environ.get("FACTORY_WORKER_CACHE_MB", settings.model_cache_mb)))
         self.meter = GroupMeter(self.database, lambda: memory.device_name(self._device or "auto"))
         self.keeper = Keeper(settings, self.worker, queues, settings.device) if keeper else None
+        self.warmup = WarmUp(self.database, self.cache, self._model, lambda: self.device, self.keeper)
         self.tracer = open_tracer("worker")
         self.uploads = ThreadPoolExecutor(settings.upload_threads, thread_name_prefix="upload")
         self.finishers = ThreadPoolExecutor(1, thread_name_prefix="finish")
@@ -148,6 +150,8 @@ class Executor:
 
     def run(self, kind: str, ids: Sequence[str]) -> None:
         """Claim these jobs and do what could be claimed. Returns when the runner is done; the commit may still be under way."""
+        if not self.warmup.ready(kind, ids):
+            return
         failpoints.reached(failpoints.BEFORE_CLAIM)
         tried = False
 

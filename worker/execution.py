@@ -601,6 +601,7 @@ class Executor:
         """Commit what is under way, end the keeper, close connections."""
         self.finishers.shutdown(wait=True)
         self.uploads.shutdown(wait=True)
+        self.meter.flush()
         if self.keeper:
             self.keeper.close()
         if self.tracer:

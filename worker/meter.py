@@ -103,6 +103,17 @@ class GroupMeter:
             device = self._device()
             return tuple(replace(one, device=device) for one in self._pending.values())
 
+    def flush(self) -> None:
+        """Tell what is left, when the worker ends."""
+        with self._lock:
+            self._urgent = True
+        measured = self.due()
+        if measured:
+            try:
+                self.told(measured, self._database.run(lambda conn: limits.learn(conn, measured)))
+            except ServiceUnavailable:
+                pass  # only measurements
+
     def told(self, measured: Sequence[Measured], known: Mapping[str, int]) -> None:
         """The commit took effect.
 
@@ -113,7 +124,7 @@ class GroupMeter:
         if not measured:
             return
         with self._lock:
-            self._told_at, self._urgent = time.monotonic(), False
+            self._told_at = time.monotonic()
             for one in measured:
                 now = self._pending.get((one.share_key, one.size))
                 if now is None:
@@ -124,9 +135,9 @@ class GroupMeter:
                 )  # fmt: skip
                 if left.full or left.groups or left.out_of_memory:
                     self._pending[(one.share_key, one.size)] = left
-                    self._urgent = self._urgent or left.out_of_memory > 0
                 else:
                     del self._pending[(one.share_key, one.size)]
+            self._urgent = any(one.out_of_memory for one in self._pending.values())
             for key, most in known.items():
                 # What ran out of memory since is not in the ledger's number yet.
                 newer = any(k == key and one.out_of_memory for (k, _), one in self._pending.items())

@@ -9,6 +9,7 @@ import pytest
 from contentfactory.errors import FactoryError, ModelUnavailable, ResourceError, TransientError
 from db.limits import CAREFUL, STREAK, Limit, best_size
 from worker import memory
+from worker import meter as meter_module
 from worker.breaker import Breaker
 from worker.meter import GroupMeter
 from worker.models import ModelCache
@@ -242,6 +243,23 @@ def test_memory_is_told_at_once_and_cuts_what_comes(meter):
     meter._told_at -= 100
     [told] = meter.due()
     assert (told.size, told.full, told.groups) == (10, 1, 0)
+
+
+def test_a_failure_of_another_size_meanwhile_stays_urgent(meter):
+    oom = FactoryError("no room", code="out_of_memory")
+    measure(meter, 8, oom)
+    told = meter.due()
+    measure(meter, 4, oom)
+    meter.told(told, {"key": 4})
+    assert [one.size for one in meter.due()] == [4]
+    assert [len(p) for p in meter.pieces(SPEC, [member()] * 4)] == [2, 2]
+
+
+def test_what_is_left_is_told_at_the_end(meter, sqlite_database):
+    meter._known["key"] = meter_module._Known(8, 0.0)
+    measure(meter, 4)
+    meter.flush()
+    assert meter._pending == {}
 
 
 def test_what_comes_in_while_it_is_told_is_kept(meter):

@@ -36,14 +36,12 @@ def main() -> int:
             if bench.wants(name):
                 importlib.import_module(f"benchmarks.{name}").run(bench)
     finally:
-        try:
-            bench.close()
-        finally:
-            if bench.cases:
-                path = bench.write(options.out)
-                page = options.report or path.with_suffix(".html")
-                page.write_text(report.page([bench.result()]))
-                print(f"\n{path}\n{page}")
+        if bench.cases:
+            path = bench.write(options.out)
+            page = options.report or path.with_suffix(".html")
+            page.write_text(report.page([bench.result()]))
+            print(f"\n{path}\n{page}")
+        bench.close()
     if bench.failed:
         print(f"could not be run: {', '.join(bench.failed)}")
     return 1 if bench.failed else 0

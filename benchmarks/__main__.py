@@ -1,6 +1,6 @@
 """``make bench``: measure this machine.
 
-    python -m benchmarks [--only queues,accept.sqlite] [--size smoke|short|full] [--out FILE] [--report FILE]
+    python -m benchmarks [--only queues,accept.sqlite] [--sides ours,huey] [--size smoke|short|full] [--out FILE] [--report FILE]
 
 Writes a JSON file into ``benchmarks/results`` and a page beside it.
 """
@@ -14,13 +14,14 @@ from pathlib import Path
 from benchmarks import report
 from benchmarks.harness import SIZES, Bench
 
-FAMILIES = ("queues", "accept", "latency", "scale", "workers", "storage", "models")
+FAMILIES = ("queues", "accept", "rows", "latency", "scale", "workers", "storage", "models")
 
 
 def main() -> int:
     """Measure; 1 if a case could not be run. A missed target is no failure."""
     parser = argparse.ArgumentParser(prog="benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help=f"families or cases joined by commas; families: {', '.join(FAMILIES)}")
+    parser.add_argument("--sides", default="", help="of cases with many sides only those with one of these words in their name")
     parser.add_argument("--size", choices=SIZES, default="short", help="smoke: does it run; short: figures to work with; full: to publish")
     parser.add_argument("--out", type=Path, help="where the JSON goes; benchmarks/results/<date>.json where left out")
     parser.add_argument("--report", type=Path, help="where the page goes; beside the JSON where left out")
@@ -30,7 +31,7 @@ def main() -> int:
     unknown = [x for x in only if x.partition(".")[0] not in FAMILIES]
     if unknown:
         parser.error(f"no family {unknown[0]!r}; there are {', '.join(FAMILIES)}")
-    bench = Bench(options.size, only)
+    bench = Bench(options.size, only, [x for x in options.sides.split(",") if x])
     try:
         for name in FAMILIES:
             if bench.wants(name):

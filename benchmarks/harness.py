@@ -161,11 +161,11 @@ class Bench:
     Args:
         size: One of `SIZES`.
         only: Names of families or cases; all where empty.
-        quiet: Print nothing.
+        sides: Parts of the names of sides, for cases with many; all where empty.
     """
 
-    def __init__(self, size: str = "short", only: Sequence[str] = (), quiet: bool = False) -> None:
-        self.size, self.only, self.quiet = size, tuple(only), quiet
+    def __init__(self, size: str = "short", only: Sequence[str] = (), sides: Sequence[str] = ()) -> None:
+        self.size, self.only, self.sides = size, tuple(only), tuple(sides)
         self.cases: list[Case] = []
         self.failed: list[str] = []
         self.begun = datetime.now(UTC)
@@ -187,10 +187,13 @@ class Bench:
         """Whether a family or case is to run."""
         return not self.only or any(name == o or name.startswith(f"{o}.") or o.startswith(f"{name}.") for o in self.only)
 
+    def keeps(self, side: str) -> bool:
+        """Whether a side is to run."""
+        return not self.sides or any(part in side for part in self.sides)
+
     def say(self, line: str) -> None:
         """Print a line for whoever waits."""
-        if not self.quiet:
-            print(line, flush=True)
+        print(line, flush=True)
 
     @contextlib.contextmanager
     def case(self, name: str, what: str, unit: str, better: str = "higher") -> Iterator[Case]:

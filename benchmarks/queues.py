@@ -239,16 +239,15 @@ def run(bench: Bench) -> None:
     for name, what, ours, peers in ways:
         if not bench.wants(name):
             continue
-        bench.peers  # noqa: B018 - made before anything is measured
         with bench.case(name, what, "jobs/s") as case:
             sides: dict[str, Callable[[], Any]] = {}
             for side, (profile, storage) in PROFILES.items():
                 sides[side] = lambda profile=profile, storage=storage, ours=ours: ours(bench, profile, storage)
             for side in PEERS:
                 sides[side] = lambda side=side, peers=peers: peers(bench, side)
-            chosen = os.environ.get("BENCH_SIDES")
-            if chosen:
-                sides = {s: c for s, c in sides.items() if any(word in s for word in chosen.split(";"))}
+            sides = {side: call for side, call in sides.items() if bench.keeps(side)}
+            if any(side in PEERS for side in sides):
+                bench.peers  # noqa: B018 - made before anything is measured
             case.measure(sides, rounds=bench.pick(1, 3, 5))
             _judge(case)
 

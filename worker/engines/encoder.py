@@ -72,9 +72,12 @@ def _attend(
     odd = [name for name in ("softcap", "s_aux", "position_bias", "sliding_window") if kwargs.get(name) is not None]
     if odd or kwargs.get("is_causal") or key.shape[1] != query.shape[1]:
         raise NotImplementedError(type(module).__name__)
+    runs = getattr(_now, "runs", ())
+    if not runs:  # the net is used for something else than a pass of ours
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, scale=scaling).transpose(1, 2), None
     heads, width = query.shape[1], query.shape[3]
     outs = []
-    for start, count, length in _now.runs:
+    for start, count, length in runs:
         q, k, v = (part[0, :, start : start + count * length].view(heads, count, length, width).transpose(0, 1) for part in (query, key, value))
         made = F.scaled_dot_product_attention(q, k, v, scale=scaling)
         outs.append(made.transpose(1, 2).reshape(1, count * length, heads, width))

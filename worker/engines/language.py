@@ -201,7 +201,8 @@ class _Table:
     def _grow(self, tokens: int) -> None:
         if tokens <= self.capacity:
             return
-        self.capacity = min(TABLE_TOKENS, -(-2 * tokens // BUCKET) * BUCKET)
+        longest = max([tokens, *(row.capacity for row in self.rows)])
+        self.capacity = _bucket(min(TABLE_TOKENS, longest, 2 * tokens))
         for part in (self.keys, self.values):
             for layer, old in part.items():
                 # Zeros: what lies behind a row's end is masked, but must be a number.
@@ -210,15 +211,15 @@ class _Table:
                 part[layer] = new
 
     def _join(self, row: _Row) -> None:
-        self._grow(row.length + 1)
         place = len(self.rows)
+        self.rows.append(row)
+        self._grow(row.length + 1)
         for mine, its in ((self.keys, row.keys), (self.values, row.values)):
             for layer, tensor in its.items():
                 if layer not in mine:
                     mine[layer] = tensor.new_zeros(self.slots, tensor.shape[1], self.capacity, tensor.shape[3])
                 mine[layer][place, :, : row.length] = tensor[0, :, : row.length]
             its.clear()
-        self.rows.append(row)
 
     def _release(self, row: _Row) -> None:
         place = self.rows.index(row)
@@ -393,9 +394,9 @@ class _Shared:
         self._blocks: OrderedDict[tuple[int, ...], _Block] = OrderedDict()
         self._bytes = 0
 
-    def table(self) -> _Table:
-        """Where the rows of one call of `LanguageModel.generate` lie."""
-        return _Table(self.width if self.grouped else 0)
+    def table(self, rows: int) -> _Table:
+        """Where the rows of one call of `LanguageModel.generate` lie, so many at most."""
+        return _Table(min(self.width, rows) if self.grouped else 0)
 
     def _forward(self, this: _Round, ids: list[list[int]], positions: list[list[int]], keep: list[int] | None) -> torch.Tensor:
         """Logits: of each row's last token, or of the tokens ``keep`` of a single row; ``(rows or kept, vocabulary)``."""
@@ -582,7 +583,7 @@ class _Single:
         out = self.model(input_ids=torch.tensor([tokens], device=self.device), use_cache=True, **{self.state: cache})
         return out[self.state], out.logits[0, -1]
 
-    def table(self) -> None:
+    def table(self, rows: int) -> None:
         return None
 
     def read(self, prompts: Sequence[list[int]], capacities: Sequence[int]) -> list[tuple[Any, torch.Tensor]]:
@@ -841,7 +842,7 @@ class LanguageModel:
         read: dict[tuple[int, ...], tuple[Any, torch.Tensor]] = {}
         running: dict[int, tuple[Any, _Writer]] = {}
         held: dict[int, int] = {}
-        table = self._run.table()
+        table = self._run.table(len(requests))
         while waiting or running:
             joining: list[int] = []
             while waiting and len(running) + len(joining) < self._run.width:

@@ -64,7 +64,7 @@ def targets(checks: Sequence[Mapping[str, Any]]) -> str:
     found = [c for c in checks if c["target"] and c["value"] == c["value"]]
     if not found:
         return ""
-    left, width, right, row = 330, 300, 130, 22
+    left, width, right, row = 380, 260, 190, 22
     height = row * len(found) + 6
     parts = [f'<svg viewBox="0 0 {left + width + right} {height}" width="{left + width + right}" role="img" aria-label="targets">']
     middle = left + width / 2

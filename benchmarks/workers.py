@@ -16,12 +16,25 @@ def rate(bench: Bench, profile: str, workers: int, kind: str, queue: str, rows: 
     with bench.factory(profile, workers={queue: workers}) as factory:
         factory.up()
         producer = factory.producer()
-        for name, part in (("warm", warm), ("rows", rows)):
-            path = factory.folder / f"{name}.jsonl"
+
+        def hand_in(part: list[dict[str, Any]]) -> str:
+            path = factory.folder / "rows.jsonl"
             path.write_text("".join(json.dumps({"custom_id": str(n), "kind": kind, "params": p, "seed": n}) + "\n" for n, p in enumerate(part)))
             batch_id, _ = producer.create_batch(manifests.open_manifest(path), resume=False, reuse=False)
             producer.expand(batch_id)
             factory.wait_idle()
+            return batch_id
+
+        # Every worker has loaded what it needs before anything is measured.
+        for _ in range(20):
+            hand_in(warm)
+            with factory.database.read() as conn:
+                seen = conn.execute(text("SELECT count(DISTINCT worker) FROM attempts")).scalar()
+            if seen == workers:
+                break
+        else:
+            raise RuntimeError(f"only {seen} of {workers} workers took a job\n{factory.log()}")
+        batch_id = hand_in(rows)
         with factory.database.read() as conn:
             first, last, n = conn.execute(
                 text("SELECT min(started_at), max(finished_at), count(*) FROM jobs WHERE batch_id = :b AND state = 'succeeded'"), {"b": batch_id}
@@ -38,7 +51,7 @@ def run(bench: Bench) -> None:
         with bench.case("workers.cpu", "two workers beside one on text.embed (a kind that computes), two cores", "jobs/s") as case:
             count = bench.pick(16, 3000, 8000)
             rows = [{"input": words(n)} for n in range(count)]
-            warm = [{"input": words(n) + " warm"} for n in range(bench.pick(2, 512, 512))]
+            warm = [{"input": words(n) + " warm"} for n in range(bench.pick(260, 512, 512))]
             case.measure({
                 "ours, one worker": lambda: {"value": rate(bench, "production", 1, "text.embed", "text", rows, warm)},
                 "ours, two workers": lambda: {"value": rate(bench, "production", 2, "text.embed", "text", rows, warm)},

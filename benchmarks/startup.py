@@ -41,9 +41,11 @@ def up_s(env: dict[str, str]) -> tuple[float, float]:
         if not line:
             raise SystemExit("factory up ended before it was ready")
     ready = time.perf_counter() - started
+    time.sleep(2.0)  # idle: the pools' children have come up too
+    asked = time.perf_counter()
     process.terminate()
     process.communicate()
-    return ready, time.perf_counter() - started - ready
+    return ready, time.perf_counter() - asked
 
 
 def phases(state: Path) -> dict[str, float]:

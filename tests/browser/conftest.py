@@ -39,9 +39,9 @@ def environment(program: Path) -> dict[str, str]:
     return env
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    """A running browser."""
+    """A running browser; not for the whole session, for while Playwright runs no other test of the process may start an event loop."""
     program = find_browser()
     with sync_playwright() as playwright:
         # No sandbox: containers and root forbid it, and the pages are our own. Sound may play without a click.

@@ -125,11 +125,25 @@ def _compare(bench: Bench, profile: str, suffix: str) -> None:
                     conn.execute(text("VACUUM jobs"))
             return raw(factory, columns, found)
 
+        def one_call() -> dict[str, float]:
+            _empty(factory)
+            params = [{"text": words(n)} for n in range(rows)]
+            producer = factory.producer(publish=False)
+            begun, cpu = time.monotonic(), time.process_time()
+            for start in range(0, rows, 10_000):
+                producer.submit_many("text.echo", params[start : start + 10_000])
+            took, used = time.monotonic() - begun, time.process_time() - cpu
+            return {"value": rows / took, "µs/row": used / rows * 1e6}
+
         sides: dict[str, Callable[[], Any]] = {"ours": ours, f"raw {way}": ready_made}
+        if suffix == "jsonl":
+            sides["ours, submit_many"] = one_call
         for _ in range(bench.rounds):
             for side, call in sides.items():
                 case.add(side, call())
         case.ratio("ours", f"raw {way}", target=0.5)
+        if suffix == "jsonl":
+            case.ratio("ours, submit_many", f"raw {way}", target=0.5)
 
 
 def _memory(bench: Bench) -> None:

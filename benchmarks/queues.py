@@ -160,14 +160,20 @@ def manifest(folder: Path, jobs: int, name: str = "noop.jsonl") -> Path:
     return path
 
 
-def submit(factory: Factory, path: Path, publish: bool) -> str:
+def submit(factory: Factory, path: Path, publish: bool) -> None:
     """Hand in a manifest as the command line does: check, store, expand."""
     from producer import manifest as manifests
 
     producer = factory.producer(publish)
     batch_id, _ = producer.create_batch(manifests.open_manifest(path), resume=False)
     producer.expand(batch_id)
-    return batch_id
+
+
+def submit_many(factory: Factory, jobs: int) -> None:
+    """Hand in jobs as a backend does, ten thousand in a call."""
+    producer = factory.producer()
+    for start in range(0, jobs, 10_000):
+        producer.submit_many("text.echo", [{"text": ""}] * min(10_000, jobs - start))
 
 
 def _check(factory: Factory, jobs: int) -> None:
@@ -189,7 +195,7 @@ def _ends(factory: Factory, share: float) -> tuple[float, float, int]:
     return edge, times[-1], len(after)
 
 
-def our_drain(bench: Bench, profile: str, storage: str) -> dict[str, float]:
+def our_drain(bench: Bench, profile: str, storage: str, way: str = "manifest") -> dict[str, float]:
     jobs = bench.pick(400, 20_000, 60_000)
     with bench.factory(profile, storage=storage, workers={"text": WORKERS}) as factory:
         begun = time.monotonic()
@@ -202,7 +208,7 @@ def our_drain(bench: Bench, profile: str, storage: str) -> dict[str, float]:
         return {"value": between / max(last - first, 1e-3) if between else float("nan"), "accept/s": jobs / accepted}
 
 
-def our_end_to_end(bench: Bench, profile: str, storage: str) -> dict[str, float]:
+def our_end_to_end(bench: Bench, profile: str, storage: str, way: str = "manifest") -> dict[str, float]:
     jobs, warm = bench.pick(400, 20_000, 60_000), bench.pick(50, 1000, 1000)
     with bench.factory(profile, storage=storage, workers={"text": WORKERS}) as factory:
         path, small = manifest(factory.folder, jobs), manifest(factory.folder, warm, "warm.jsonl")
@@ -211,7 +217,10 @@ def our_end_to_end(bench: Bench, profile: str, storage: str) -> dict[str, float]
         factory.wait_idle()
         before, mine = factory.cpu(), time.process_time()
         begun = time.time()
-        submit(factory, path, publish=True)
+        if way == "manifest":
+            submit(factory, path, publish=True)
+        else:
+            submit_many(factory, jobs)
         submitted, submitting = time.time(), time.process_time() - mine
         factory.wait_idle()
         after = factory.cpu()
@@ -228,7 +237,10 @@ PROFILES = {
     "ours, PostgreSQL, folder": ("production", "local"),
     "ours, PostgreSQL, S3": ("production", "s3"),
     "ours, SQLite, folder": ("embedded", "local"),
+    "ours, PostgreSQL, folder, one call": ("production", "local", "many"),
+    "ours, SQLite, folder, one call": ("embedded", "local", "many"),
 }
+"""Ledger and store; ``one call`` submits by `Producer.submit_many` where the others hand in a manifest file."""
 
 
 def run(bench: Bench) -> None:
@@ -241,8 +253,10 @@ def run(bench: Bench) -> None:
             continue
         with bench.case(name, what, "jobs/s") as case:
             sides: dict[str, Callable[[], Any]] = {}
-            for side, (profile, storage) in PROFILES.items():
-                sides[side] = lambda profile=profile, storage=storage, ours=ours: ours(bench, profile, storage)
+            for side, how in PROFILES.items():
+                if name == "queues.drain" and "many" in how:
+                    continue  # how jobs came in makes no difference once they wait
+                sides[side] = lambda how=how, ours=ours: ours(bench, *how)
             for side in PEERS:
                 sides[side] = lambda side=side, peers=peers: peers(bench, side)
             sides = {side: call for side, call in sides.items() if bench.keeps(side)}

@@ -32,7 +32,7 @@ def fill(factory: Factory, rows: int, batch_rows: int = 20_000) -> str:
         ]  # fmt: skip
 
         def work(conn: Any, jobs: Any = jobs, old: int = start) -> None:
-            lifecycle.insert_jobs(conn, jobs)
+            lifecycle.insert_jobs(conn, jobs, fresh=True)
             batches.advance(conn, batch_id, old, old + len(jobs), len(jobs))
 
         factory.database.run(work)

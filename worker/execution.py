@@ -23,7 +23,6 @@ from contentfactory.errors import (
     InputError,
     JobCancelled,
     LeaseLost,
-    ModelUnavailable,
     ServiceUnavailable,
     TransientError,
 )
@@ -42,11 +41,12 @@ from storage.keys import artifact_key, suffix_for
 from worker import confined, failpoints, memory
 from worker.context import Failure, InputFile, JobContext, NewModel, Output
 from worker.drain import drain_file
-from worker.engines.files import ResolvedModel, locate
+from worker.engines.files import ResolvedModel
 from worker.inputs import Inputs, Resolved
 from worker.keeper import Keeper
 from worker.meter import GroupMeter
 from worker.models import ModelCache
+from worker.resolve import resolve_model
 from worker.runners import get_runner
 from worker.warmup import WarmUp
 
@@ -446,28 +446,7 @@ class Executor:
     def _model(self, project_id: str, name: str) -> ResolvedModel:
         if name in self._models:
             return self._models[name]
-        with self.database.read() as conn:
-            try:
-                pinned = find(conn, project_id, name)
-            except InputError as error:
-                raise ModelUnavailable(error.message, code=error.code, param="model") from None
-        if pinned.entry is not None:
-            model = locate(pinned.entry, self.settings.models)
-        else:
-            row = pinned.row or {}
-            folder = self.settings.models / pinned.key
-            files: dict[str, Path] = {}
-            for role, file in row["files"].items():
-                if "path" in file:
-                    files[role] = Path(file["path"])
-                    if not files[role].exists():
-                        raise ModelUnavailable(f"model {pinned.key}: {role} {file['path']} is not on this worker's disk")
-                    continue
-                files[role] = folder / "files" / file["name"]
-                if not files[role].exists():
-                    self.store.download(file["object_key"], files[role], sha256=file["sha256"])
-            options = {**row["options"], **({"config": row["config"]} if row["config"] else {})}
-            model = ResolvedModel(row["name"], row["version"], row["engine"], files, folder, options, row["memory_mb"])
+        model = resolve_model(self.settings, self.database, self.store, project_id, name)
         self._models[name] = model
         return model
 

@@ -26,6 +26,7 @@ from transformers.utils.hub import cached_file
 from contentfactory.errors import InputError, ModelUnavailable
 from worker.engines.files import ResolvedModel
 from worker.engines.language import find_source, first_line, pick_dtype
+from worker.engines.options import InferenceOptions, prepare
 
 ATTENTION = "contentfactory_texts"
 """Name under which transformers knows the attention of `_attend`."""
@@ -309,6 +310,7 @@ def load_encoder(model: ResolvedModel, device: str = "cpu") -> Encoder:
         ModelUnavailable: If something is missing or is not what it should be; the message says what.
     """
     source = find_source(model)
+    options = InferenceOptions.of(model, device)
     revision = model.options.get("revision")
     more = {"revision": str(revision)} if revision else {}
     transformers.utils.logging.disable_progress_bar()
@@ -316,11 +318,13 @@ def load_encoder(model: ResolvedModel, device: str = "cpu") -> Encoder:
         pooling = _pooling(source, model, more)
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False, **more)
         net: Any = transformers.AutoModel.from_pretrained(
-            source, dtype=pick_dtype(model, device), use_safetensors=True, trust_remote_code=False, **more
-        )
+            source, dtype=pick_dtype(model, device), use_safetensors=True, trust_remote_code=False, **more,
+            **({"attn_implementation": options.attention} if options.attention else {}),
+        )  # fmt: skip
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ModelUnavailable(f"model {model.name}: cannot be loaded from {source}: {first_line(error)}") from error
-    return Encoder(net.to(device).eval().requires_grad_(False), tokenizer, pooling, device, model.name)
+    net = prepare(net.to(device).eval().requires_grad_(False), options)
+    return Encoder(net, tokenizer, pooling, device, model.name)
 
 
 def _pooling(source: str, model: ResolvedModel, more: dict[str, str]) -> Pooling:

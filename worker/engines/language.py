@@ -36,6 +36,7 @@ from torch.nn import functional as F
 
 from contentfactory.errors import InputError, ModelUnavailable
 from worker.engines.files import ResolvedModel
+from worker.engines.options import InferenceOptions, prepare
 
 ATTENTION = "contentfactory_rows"
 """Name under which transformers knows the attention of `_attend`."""
@@ -709,7 +710,7 @@ class LanguageModel:
         fixed_width: Whether rounds are filled up with idle rows, because this machine gives a row other bits in other company.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, device: str, name: str) -> None:
+    def __init__(self, model: Any, tokenizer: Any, device: str, name: str, alone: bool = False) -> None:
         self.name = name
         self.tokenizer = tokenizer
         self._device = torch.device(device)
@@ -723,7 +724,7 @@ class LanguageModel:
         last_only = "logits_to_keep" in inspect.signature(model.forward).parameters
         shared = _Shared(model, self._device, last_only)
         with torch.inference_mode():
-            fits = self._supports(model) and shared.agrees()
+            fits = not alone and self._supports(model) and shared.agrees()
         self._run: _Shared | _Single = shared if fits else _Single(model, self._device)
 
     @staticmethod
@@ -928,9 +929,14 @@ def load_language(model: ResolvedModel, device: str = "cpu") -> LanguageModel:
         ModelUnavailable: If something is missing or is not what it should be; the message says what.
     """
     source = find_source(model)
+    options = InferenceOptions.of(model, device)
     if source.endswith(".gguf"):
         gguf = Path(source)
         source = str(model.converted("safetensors", lambda folder: _dequantise(gguf, folder)))
+    if options.engine == "vllm":
+        from worker.engines.vllm import load_vllm
+
+        return load_vllm(model, source, device)
     transformers.utils.logging.disable_progress_bar()
     dtype = pick_dtype(model, device)
     revision = model.options.get("revision")
@@ -938,15 +944,18 @@ def load_language(model: ResolvedModel, device: str = "cpu") -> LanguageModel:
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False, **more)
         net: Any = transformers.AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype, use_safetensors=True, trust_remote_code=False, **more
-        )
+            source, dtype=dtype, use_safetensors=True, trust_remote_code=False, **more,
+            **({"attn_implementation": options.attention} if options.attention else {}),
+        )  # fmt: skip
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ModelUnavailable(f"model {model.name}: cannot be loaded from {source}: {first_line(error)}") from error
     adapter = model.files.get("adapter") or model.options.get("adapter")
     if adapter:
         net = _with_adapter(net, Path(str(adapter)), model.name)
     transformers.AttentionInterface.register(ATTENTION, _attend)
-    return LanguageModel(net.to(device).eval().requires_grad_(False), tokenizer, device, model.name)
+    net = prepare(net.to(device).eval().requires_grad_(False), options)
+    # Inputs in eight bits are scaled by the largest of all rows: rows of other jobs must not be among them.
+    return LanguageModel(net, tokenizer, device, model.name, alone=bool(options.quantize))
 
 
 def find_source(model: ResolvedModel) -> str:

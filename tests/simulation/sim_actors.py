@@ -21,6 +21,7 @@ from sim_world import (
     SimRandom,
     SimSemaphore,
     SimStore,
+    SimThread,
     SimTime,
     Stage,
     World,
@@ -35,6 +36,7 @@ import db.registry
 import db.session
 import producer.dispatch
 import producer.enqueue
+import producer.sweep
 import producer.timer
 import worker.execution
 import worker.keeper
@@ -303,6 +305,7 @@ class Crew:
 
     def strike(self, process: Process) -> None:
         """Kill a process; a worker's child sometimes with its keeper, so that only the lease tells."""
+        self.stage.injected[f"{process.role} killed"] += 1
         if process.role == "worker":
             keeper = getattr(process, "keeper", None)
             if keeper and self.stage.rng.random() < 0.5:
@@ -314,6 +317,7 @@ class Crew:
         keeper = getattr(process, "keeper", None)
         if process.role == "worker" and keeper and self.stage.rng.random() < 0.8:
             keeper.process.freeze(seconds)
+        self.stage.injected[f"{process.role} frozen {'past' if seconds > LEASE_S else 'within'} the lease"] += 1
         process.freeze(seconds)
 
     def worker(self, queues: list[str], delay: float = 0.0) -> None:
@@ -346,6 +350,7 @@ class Crew:
         executor = Executor(self.settings, SimDatabase(stage, process), SimStore(stage), SimPublisher(stage))
         executor._drain = _Drain(process)  # type: ignore[assignment]
         stage.facts["executor", executor.worker] = process
+        stage.injected["worker clock wrong" if process.skew else "worker clock right"] += 1
         while not process.draining:
             hint = stage.broker.pop(queues, process)
             if hint is None:
@@ -560,6 +565,8 @@ def installed() -> Iterator[None]:
         (producer.enqueue, "EXPAND_ROWS", 4), (producer.enqueue, "manifests", namespace(producer.enqueue.manifests, lines=_lines)),
         (producer.dispatch, "log", log), (producer.timer, "log", log), (producer.timer, "time", SimTime),
         (producer.timer, "QUEUES", ("text", "train")),
+        (producer.timer, "threading", namespace(__import__("threading"), Thread=SimThread)),
+        (producer.sweep, "log", log), (producer.sweep, "time", SimTime),
         (worker.execution, "log", log), (worker.execution, "time", SimTime), (worker.execution, "ThreadPoolExecutor", SimPool),
         (worker.execution, "wait", _wait),
         (worker.execution, "threading", namespace(__import__("threading"), BoundedSemaphore=SimSemaphore)),

@@ -51,7 +51,7 @@ from worker.context import Failure, Output
 from worker.execution import Executor
 
 LEASE_S, REAPER_S, DISPATCH_S = 30.0, 6.0, 5.0
-POLICY = RetryPolicy(transient=6, bug=1, deadline=1, strikes=3, backoff_s=0.5, backoff_max_s=4.0)
+POLICY = RetryPolicy(transient=8, bug=1, deadline=1, strikes=3, backoff_s=0.5, backoff_max_s=40.0)
 ACTS = ("ok", "input", "bug", "flaky", "poison", "memory", "big", "hang", "slow")
 
 
@@ -77,12 +77,12 @@ def _work(params: list[Any], context: Any) -> Iterator[Any]:
     assert here is not None
     for job, one in enumerate(params):
         tries = stage.facts["ran", one.n] = stage.facts["ran", one.n] + 1
-        end = stage.now + one.takes
+        end = stage.now + (one.takes if one.act != "slow" or tries == 1 else LEASE_S * 0.8)
         while stage.now < end:
             context.check(job)
             context.progress(job, 0.5)
             stage.step("compute")
-            stage.sleep(min(1.0, max(0.001, end - stage.now)))
+            stage.sleep(min(3.0, max(0.001, end - stage.now)))
         if one.act == "poison":
             _die(here)
         if one.act == "hang":
@@ -312,8 +312,8 @@ class Crew:
                 keeper.process.kill("the whole tree is killed")
         process.kill("by chance")
 
-    def halt(self, process: Process) -> None:
-        seconds = self.stage.rng.choice((1.0, 5.0, LEASE_S + 8, LEASE_S + 20))
+    def halt(self, process: Process, long: bool = False) -> None:
+        seconds = self.stage.rng.choice((1.0, 5.0, LEASE_S + 8, LEASE_S + 20)[2 * long :])
         keeper = getattr(process, "keeper", None)
         if process.role == "worker" and keeper and self.stage.rng.random() < 0.8:
             keeper.process.freeze(seconds)
@@ -566,7 +566,7 @@ def installed() -> Iterator[None]:
         (producer.dispatch, "log", log), (producer.timer, "log", log), (producer.timer, "time", SimTime),
         (producer.timer, "QUEUES", ("text", "train")),
         (producer.timer, "threading", namespace(__import__("threading"), Thread=SimThread)),
-        (producer.sweep, "log", log), (producer.sweep, "time", SimTime),
+        (producer.sweep, "log", log),
         (worker.execution, "log", log), (worker.execution, "time", SimTime), (worker.execution, "ThreadPoolExecutor", SimPool),
         (worker.execution, "wait", _wait),
         (worker.execution, "threading", namespace(__import__("threading"), BoundedSemaphore=SimSemaphore)),

@@ -32,7 +32,7 @@ from storage.keys import artifact_key
 
 FAULTS = {
     "kill": 0.004, "freeze": 0.002, "abort": 0.02, "unknown": 0.02, "lose": 0.15, "double": 0.15, "reorder": 0.1,
-    "send_unknown": 0.05, "store": 0.1, "store_unknown": 0.1,
+    "send_unknown": 0.05, "store": 0.1, "store_unknown": 0.1, "late": 0.05,
 }  # fmt: skip
 """Rates of what may happen at any step; a history has a random subset of them."""
 BLOWS = ("outage", "broker", "flush", "restore", "store", "tree", "freeze", "cut", "keeper", "drain", "timer", "forge")
@@ -132,13 +132,13 @@ class History:
         rng = self.rng
         act = "ok"
         if rng.random() < wild:
-            act = rng.choice(("input", "bug", "flaky", "poison", "memory", "big", "big", "hang"))
+            act = rng.choice(("input", "bug", "flaky", "poison", "memory", "big", "big", "hang", "slow", "slow", "slow"))
         self.stage.injected[f"job: {act}"] += act != "ok"
         n = len(self.scripts) + 1
         same = rng.random() < 0.15
         params = {
             "n": 0 if same and act == "ok" else n, "text": "the same" if same else f"text {n}", "act": act,
-            "takes": rng.choice((0.01, 0.3, 0.3, 2.0)) if rng.random() < 0.96 else LEASE_S * 1.3, "share": rng.choice((0, 0, 0, 1)),
+            "takes": rng.choice((0.01, 0.3, 0.3, 2.0)) if rng.random() < 0.9 else LEASE_S * 1.3, "share": rng.choice((0, 0, 0, 1)),
         }  # fmt: skip
         if same and act == "ok":
             params["takes"], params["share"] = 0.3, 0

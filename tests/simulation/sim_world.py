@@ -266,10 +266,13 @@ class World:
             elif luck < self.rates["kill"] + self.rates["freeze"]:
                 self.injected["freeze"] += 1
                 self.halt(process)
+            elif what in ("put", "after put", "write") and process.role == "worker" and self.happens("late"):
+                # It has computed and comes back when another attempt is under way or done.
+                self.halt(process, long=True)
         self.sleep(self.rng.random() * 0.03)
 
     strike: Callable[[Process], None]
-    halt: Callable[[Process], None]
+    halt: Callable[..., None]
 
     def happens(self, fault: str) -> bool:
         """Whether this fault happens now."""

@@ -9,7 +9,7 @@ export VENV TORCH TORCH_INDEX EXTRAS PYTHON
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help setup run test supervisor chaos lint format types bench up down docs clean
+.PHONY: help setup run test supervisor simulate chaos lint format types bench up down docs clean
 
 help: ## print this help
 	@echo "make TARGET"
@@ -30,6 +30,9 @@ test: setup ## all tests
 
 supervisor: setup ## the supervisor's tests alone
 	@$(BIN)/python -m pytest -q tests/unit/test_supervisor.py
+
+simulate: setup ## play simulated histories of the lifecycle; HISTORIES=10000 SEED=17 PLANTED=1 (docs/simulation.md)
+	@$(BIN)/python tests/simulation/simulate.py $(if $(PLANTED),--planted,$(if $(SEED),--seed $(SEED),$(if $(HISTORIES),--histories $(HISTORIES))))
 
 chaos: setup ## faults 1 to 17 against real services; FAULT=3,4 SEED=7 JOBS=2000 (docs/chaos.md)
 	@$(BIN)/python tests/chaos/run.py $(if $(FAULT),--fault $(FAULT)) $(if $(SEED),--seed $(SEED)) $(if $(JOBS),--jobs $(JOBS))

@@ -233,18 +233,20 @@ class History:
         stage, rng, crew = self.stage, self.rng, self.crew
         end = stage.now + self.chaos_s
         last_outage = 0.0
+        n = 0
         while self.blows and stage.now < end:
             stage.sleep(min(rng.expovariate(1 / 8.0), end - stage.now))
             alive = [p for p in crew.workers if p.alive]
             victim = rng.choice(alive) if alive else None
             keeper = getattr(victim, "keeper", None)
-            blow = rng.choice(self.blows)
+            n += 1
+            blow = "outage" if n == 1 and "outage" in self.blows else rng.choice(self.blows)
             stage.injected[f"blow: {blow}"] += 1
             match blow:
                 case "outage" if stage.now - last_outage > 2 * LEASE_S:
                     # One at a time: in between, everybody must have had the time to renew.
                     last_outage = stage.now
-                    seconds = rng.choice((1.0, 8.0, LEASE_S + 5, 2 * LEASE_S))
+                    seconds = rng.choice((1.0, 8.0, LEASE_S + 5, LEASE_S + 9, 2 * LEASE_S))
                     stage.note("database is away", seconds)
                     stage.db_down_until = stage.now + seconds
                     stage.outages.append((stage.now, stage.now + seconds))

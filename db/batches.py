@@ -10,6 +10,7 @@ from contentfactory.states import ACTIVE, TERMINAL, BatchState, JobState
 from db import lifecycle
 from db.models import Batch, Job
 from db.session import now
+from db.sql import has_state
 
 _COLUMNS = (
     Batch.id, Batch.project_id, Batch.name, Batch.state, Batch.paused, Batch.priority, Batch.source, Batch.source_digest,
@@ -99,7 +100,7 @@ def progress(conn: Connection, batch_id: str) -> dict[str, dict[str, int]]:
     """Kind → state → jobs, with ``total``, the terminal states, ``reused``, and of the others ``running`` and ``waiting``."""
     out = lifecycle.counts(conn, batch_id)
     running = conn.execute(
-        select(Job.kind, func.count()).where(Job.batch_id == batch_id, Job.state == JobState.RUNNING).group_by(Job.kind)
+        select(Job.kind, func.count()).where(Job.batch_id == batch_id, has_state(JobState.RUNNING)).group_by(Job.kind)
     )
     for kind, n in running:
         out.setdefault(kind, {})["running"] = n
@@ -121,5 +122,5 @@ def totals(per_kind: Mapping[str, Mapping[str, int]]) -> dict[str, int]:
 
 def active_jobs(conn: Connection, batch_id: str) -> int:
     """Jobs that are not terminal, counted from the rows."""
-    query = select(func.count()).select_from(Job).where(Job.batch_id == batch_id, Job.state.in_(list(ACTIVE)))
+    query = select(func.count()).select_from(Job).where(Job.batch_id == batch_id, has_state(*sorted(ACTIVE)))
     return int(conn.execute(query).scalar_one())

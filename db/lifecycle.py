@@ -4,31 +4,34 @@ All functions take a connection inside a write transaction and only use the data
 whether its commit took effect may repeat it: an update that finds no row in the state it expects changes nothing.
 """
 
+import json
 import random
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter, defaultdict, deque
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from sqlalchemy import (
+    ColumnElement,
     Connection,
-    Select,
+    String,
     and_,
+    bindparam,
+    cast,
     delete,
     func,
     insert,
-    literal,
+    null,
     or_,
     select,
     text,
-    tuple_,
     update,
 )
 
 from contentfactory.errors import DependencyFailed, TransientError
 from contentfactory.ids import new_id
 from contentfactory.jobs.spec import RetryPolicy, get_kind
-from contentfactory.states import ACTIVE, TERMINAL, BatchState, JobState, Priority
+from contentfactory.states import TERMINAL, BatchState, JobState, Priority
 from db.models import (
     Artifact,
     Attempt,
@@ -47,6 +50,7 @@ from db.models import (
     Worker,
 )
 from db.session import insert_for, now
+from db.sql import among, dumps, has_state, insert_rows
 
 CHUNK = 500
 """Ids in one statement: below SQLite's limit on variables, and short transactions on both."""
@@ -56,15 +60,15 @@ MARK_S = 60.0
 """How long who marked an object may take to delete it, seconds: attempts that began later than that need not mind the mark."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class NewJob:
-    """A validated job as `insert_jobs` takes it. ``parents`` are ids of jobs that it waits for."""
+    """A validated job as `insert_jobs` takes it. ``parents`` are ids of jobs that it waits for; ``params`` may be JSON text already."""
 
     id: str
     project_id: str
     kind: str
     queue: str
-    params: dict[str, Any]
+    params: dict[str, Any] | str
     share_key: str
     seconds: float
     seed: int
@@ -132,7 +136,7 @@ class Stop:
     phases: Mapping[str, float] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Claimed:
     """A job that this worker now holds; ``attempt`` is its fence."""
 
@@ -167,8 +171,21 @@ def database_time(conn: Connection) -> float:
 # --- accept ---------------------------------------------------------------------------------------------------------
 
 
-def insert_jobs(conn: Connection, jobs: Sequence[NewJob]) -> int:
+_ROW = (
+    "id", "project_id", "batch_id", "custom_id", "line", "rank", "kind", "queue", "state", "priority", "band", "params", "model", "seed",
+    "seconds", "share_key", "reuse", "pending", "retry_of", "labels", "idempotency_key", "request_hash", "created_at",
+)  # fmt: skip
+"""Columns of an accepted job; the others start with the table's defaults."""
+
+
+def insert_jobs(conn: Connection, jobs: Sequence[NewJob], *, fresh: bool = False) -> int:
     """Write accepted jobs; rows that are already there (a repeated chunk) stay as they are.
+
+    Args:
+        conn: Connection in a write transaction.
+        jobs: Accepted jobs.
+        fresh: Whether the caller knows that none of them is there yet: by a cursor that it moved in the same transaction, or
+            because the ids are new. Then they go in by the quickest way.
 
     Returns:
         Number of rows that were new.
@@ -176,27 +193,34 @@ def insert_jobs(conn: Connection, jobs: Sequence[NewJob]) -> int:
     if not jobs:
         return 0
     created = database_time(conn)
-    states = _lock_parents(conn, {p for job in jobs for p in job.parents} - {job.id for job in jobs})
-    rows, edges = [], []
+    rank = int(created * 1000) * 1_000_000
+    own = {job.id for job in jobs}
+    states = _lock_parents(conn, {p for job in jobs for p in job.parents} - own)
+    rows: list[tuple[Any, ...]] = []
+    edges: list[tuple[str, str]] = []
     for job in jobs:
-        waits = [p for p in dict.fromkeys(job.parents) if states.get(p) != JobState.SUCCEEDED]
+        waits = 0
+        if job.parents:
+            parents = dict.fromkeys(job.parents)
+            waits = sum(states.get(p) != JobState.SUCCEEDED for p in parents)
+            edges += [(job.id, p) for p in parents]
         rows.append(
-            {
-                "id": job.id, "project_id": job.project_id, "batch_id": job.batch_id, "custom_id": job.custom_id,
-                "line": job.line, "rank": job.rank or int(created * 1000) * 1_000_000, "kind": job.kind, "queue": job.queue,
-                "state": JobState.BLOCKED if waits else JobState.QUEUED, "priority": job.priority, "band": 100 - job.priority, "params": job.params,
-                "model": job.model, "seed": job.seed, "seconds": job.seconds, "share_key": job.share_key,
-                "reuse": job.reuse, "pending": len(waits), "retry_of": job.retry_of, "labels": job.labels,
-                "idempotency_key": job.idempotency_key, "request_hash": job.request_hash, "created_at": created,
-            }
+            (
+                job.id, job.project_id, job.batch_id, job.custom_id, job.line, job.rank or rank, job.kind, job.queue,
+                "blocked" if waits else "queued", job.priority, 100 - job.priority,
+                job.params if isinstance(job.params, str) else dumps(job.params), job.model, job.seed, job.seconds, job.share_key,
+                job.reuse, waits, job.retry_of, dumps(job.labels) if job.labels else "{}", job.idempotency_key, job.request_hash, created,
+            )
         )  # fmt: skip
-        edges += [{"job_id": job.id, "parent_id": p} for p in dict.fromkeys(job.parents)]
-    new = _insert_ignore(conn, Job, rows)
-    if edges:
-        _insert_ignore(conn, Dependency, edges)
-    deltas = Counter((j.batch_id, j.kind, "total") for j in jobs if j.batch_id and j.id in new)
-    _add_deltas(conn, deltas)
-    failed = [p for p, s in states.items() if s in TERMINAL and s != JobState.SUCCEEDED]
+    new = own
+    if fresh:
+        insert_rows(conn, Job, _ROW, rows)
+        insert_rows(conn, Dependency, ("job_id", "parent_id"), edges)
+    else:
+        new = _insert_new(conn, Job, [dict(zip(_ROW, row, strict=True)) for row in rows])
+        _insert_new(conn, Dependency, [{"job_id": job, "parent_id": parent} for job, parent in edges])
+    _add_deltas(conn, Counter((j.batch_id, j.kind, "total") for j in jobs if j.batch_id and j.id in new))
+    failed = [p for p, state in states.items() if state in TERMINAL and state != JobState.SUCCEEDED]
     if failed:
         _fail_children(conn, failed)
     return len(new)
@@ -204,18 +228,18 @@ def insert_jobs(conn: Connection, jobs: Sequence[NewJob]) -> int:
 
 def _lock_parents(conn: Connection, ids: set[str]) -> dict[str, str]:
     # Locked, so that a parent cannot end between our look at it and the commit of the edge.
-    states: dict[str, str] = {}
-    for chunk in _chunks(sorted(ids)):
-        query = select(Job.id, Job.state).where(Job.id.in_(chunk)).order_by(Job.id).with_for_update(read=True)
-        states.update({row.id: row.state for row in conn.execute(query)})
-    return states
+    if not ids:
+        return {}
+    query = select(Job.id, Job.state).where(among(conn, Job.id, ids)).order_by(Job.id).with_for_update(read=True)
+    return {row.id: row.state for row in conn.execute(query)}
 
 
-def _insert_ignore(conn: Connection, table: type[Any], rows: list[dict[str, Any]]) -> set[str]:
+def _insert_new(conn: Connection, table: type[Any], rows: list[dict[str, Any]]) -> set[str]:
     new: set[str] = set()
     # The number of variables in one statement is bounded on SQLite (32,766) and PostgreSQL (65,535).
-    for chunk in _chunks(rows, max(1, 20_000 // max(1, len(rows[0])))):
-        statement = insert_for(conn, table).values(list(chunk)).on_conflict_do_nothing()
+    for chunk in _chunks(rows, max(1, 20_000 // max(1, len(rows[0]) if rows else 1))):
+        values = [{k: json.loads(v) if k in ("params", "labels") else v for k, v in row.items()} for row in chunk]
+        statement = insert_for(conn, table).values(values).on_conflict_do_nothing()
         if table is Job:
             new.update(conn.execute(statement.returning(Job.id)).scalars())
         else:
@@ -224,9 +248,7 @@ def _insert_ignore(conn: Connection, table: type[Any], rows: list[dict[str, Any]
 
 
 def _add_deltas(conn: Connection, deltas: Mapping[Any, int]) -> None:
-    rows = [{"batch_id": b, "kind": k, "state": s, "n": n} for (b, k, s), n in deltas.items() if b and n]
-    if rows:
-        conn.execute(insert(BatchDelta), rows)
+    insert_rows(conn, BatchDelta, ("batch_id", "kind", "state", "n"), [(b, k, str(s), n) for (b, k, s), n in deltas.items() if b and n])
 
 
 def add_event(conn: Connection, type_: str, *, project_id: str | None = None, batch_id: str | None = None,
@@ -257,7 +279,7 @@ def _skip_scan(conn: Connection, sql: str, params: dict[str, Any]) -> list[str]:
 
 
 def dispatch(conn: Connection, queue: str, *, cap_s: float, max_jobs: int = 4096, window: int = 256,
-             worker_seen_s: float = 60.0) -> list[Hint]:  # fmt: skip
+             worker_seen_s: float = 60.0, top_up: bool = False) -> list[Hint]:  # fmt: skip
     """Turn queued rows into micro-batches and mark them ``dispatched``. Publish the hints after the commit.
 
     Highest priority first; inside a band the project with the least virtual time (compute seconds over weight) goes next.
@@ -267,95 +289,144 @@ def dispatch(conn: Connection, queue: str, *, cap_s: float, max_jobs: int = 4096
         conn: Connection in a write transaction.
         queue: Queue to serve.
         cap_s: Compute seconds that may be in the broker for each live worker of the queue.
-        max_jobs: Most jobs in one call.
+        max_jobs: Most jobs in one call, and in the broker for each live worker.
         window: Rows looked at per project.
         worker_seen_s: How fresh a worker's report must be for it to count.
+        top_up: Do nothing while more than half of what may be in flight is.
 
     Returns:
         Micro-batches in the order in which to publish them.
     """
     if conn.dialect.name == "postgresql":
         # Dispatchers of one queue take turns; SQLite's write lock does the same.
-        conn.execute(text("SELECT pg_advisory_xact_lock(hashtext(:name))"), {"name": f"dispatch:{queue}"})
-    if conn.execute(select(Queue.paused).where(Queue.name == queue)).scalar():
+        lock = "pg_try_advisory_xact_lock" if top_up else "pg_advisory_xact_lock"
+        if conn.execute(text(f"SELECT {lock}(hashtext(:name))"), {"name": f"dispatch:{queue}"}).scalar() is False:
+            return []
+    look = conn.execute(_LOOK, {"queue": queue, "seen_s": worker_seen_s, "serves": f'%"{queue}"%'}).one()
+    if look.paused:
         return []
-    at = database_time(conn)
-    flying = conn.execute(
-        select(func.coalesce(func.sum(Job.seconds), 0.0), func.count()).where(Job.queue == queue, Job.state == JobState.DISPATCHED)
-    ).one()
-    live = conn.execute(select(Worker.queues).where(Worker.seen_at > at - worker_seen_s)).scalars()
-    workers = max(1, sum(1 for queues in live if queue in queues))
-    room_s, room_jobs = cap_s * workers - float(flying[0]), 2 * workers - int(flying[1])
-    if room_s <= 0 and room_jobs <= 0:
+    at, workers = float(look.at), max(1, int(look.workers))
+    room_s, room_jobs = cap_s * workers - float(look.seconds), 2 * workers - int(look.jobs)
+    most = min(max_jobs, max_jobs * workers - int(look.jobs))
+    if (room_s <= 0 and room_jobs <= 0) or most <= 0:
+        return []
+    if top_up and room_jobs <= 0 and (room_s < cap_s * workers / 2 or most < max_jobs * workers / 2):
         return []
     candidates = _candidates(conn, queue, at, window)
     if not candidates:
         return []
-    shares = dict(conn.execute(select(Share.project_id, Share.virtual_seconds).where(Share.queue == queue)).all())
-    weights = dict(conn.execute(select(Project.id, Project.weight).where(Project.id.in_(list(candidates)))).all())
+    known = conn.execute(
+        select(Project.id, Project.weight, Share.virtual_seconds)
+        .outerjoin(Share, and_(Share.project_id == Project.id, Share.queue == queue))
+        .where(among(conn, Project.id, candidates))
+    ).all()
+    weights = {row.id: max(row.weight, 1e-6) for row in known}
     # A project that was idle joins at the level of the least advanced busy one: idleness earns no credit to burst with.
-    floor = min((shares[p] for p in candidates if p in shares), default=0.0)
-    virtual = {p: max(shares.get(p, floor), floor) for p in candidates}
-    hints: list[tuple[str, int, list[str], float]] = []
+    floor = min((row.virtual_seconds for row in known if row.virtual_seconds is not None), default=0.0)
+    virtual = {row.id: max(row.virtual_seconds or 0.0, floor) for row in known}
+    hints: list[tuple[str, int, list[str]]] = []
+    served: set[str] = set()
     taken = 0
-    idle = int(flying[1]) == 0
-    while candidates and (room_s > 0 or room_jobs > 0) and taken < max_jobs:
-        project = min(candidates, key=lambda p: (-candidates[p][0].priority, virtual[p], p))
-        rows = candidates[project]
-        head = rows[0]
+    idle = int(look.jobs) == 0
+    while candidates and (room_s > 0 or room_jobs > 0) and taken < most:
+        project = min(candidates, key=lambda p: (-candidates[p].head.priority, virtual.get(p, floor), p))
+        group = candidates[project].take()
+        head = group[0]
         spec = get_kind(head.kind)
-        limit = min(spec.max_group, head.group_limit or spec.max_group)
-        group: list[Any] = []
-        rest: list[Any] = []
-        for row in rows:
-            fits = row.share_key == head.share_key and row.priority == head.priority and len(group) < limit
-            if fits and (row is head or len(group) < (row.group_limit or limit)):
-                group.append(row)
-            else:
-                rest.append(row)
         alone_too_early = (
-            len(group) < limit and spec.wait_s > 0 and not idle and head.priority < Priority.INTERACTIVE
+            len(group) < spec.max_group and spec.wait_s > 0 and not idle and head.priority < Priority.INTERACTIVE
             and at - max(head.created_at, head.run_after) < spec.wait_s
         )  # fmt: skip
-        if rest:
-            candidates[project] = rest
-        else:
+        if not candidates[project]:
             del candidates[project]
         if alone_too_early:
             continue
         cost = sum(row.seconds for row in group)
-        virtual[project] += cost / max(weights.get(project, 1.0), 1e-6)
+        virtual[project] = virtual.get(project, floor) + cost / weights.get(project, 1.0)
+        served.add(project)
         room_s -= cost
         room_jobs -= len(group)
         taken += len(group)
-        hints.append((head.kind, head.priority, [row.id for row in group], cost))
+        hints.append((head.kind, head.priority, [row.id for row in group]))
         idle = False
-    ids = [i for hint in hints for i in hint[2]]
-    marked: set[str] = set()
-    for chunk in _chunks(ids):
-        statement = (
-            update(Job)
-            .where(Job.id.in_(chunk), Job.state == JobState.QUEUED)
-            .values(state=JobState.DISPATCHED, dispatched_at=literal(at))
-            .returning(Job.id)
-        )
-        marked.update(conn.execute(statement).scalars())
-    for project, value in virtual.items():
-        statement_ = insert_for(conn, Share).values(queue=queue, project_id=project, virtual_seconds=value)
-        conn.execute(
-            statement_.on_conflict_do_update(
-                index_elements=[Share.queue, Share.project_id], set_={"virtual_seconds": statement_.excluded.virtual_seconds}
-            )
-        )
+    if not hints:
+        return []
+    statement = (
+        update(Job)
+        .where(among(conn, Job.id, [i for _, _, ids in hints for i in ids]), has_state(JobState.QUEUED))
+        .values(state=JobState.DISPATCHED, dispatched_at=at)
+        .returning(Job.id)
+    )
+    marked = set(conn.execute(statement).scalars())
+    share = insert_for(conn, Share)
+    conn.execute(
+        share.on_conflict_do_update(
+            index_elements=[Share.queue, Share.project_id], set_={"virtual_seconds": share.excluded.virtual_seconds}
+        ),
+        [{"queue": queue, "project_id": project, "virtual_seconds": virtual[project]} for project in sorted(served)],
+    )
     out = []
-    for kind, priority, members, _ in hints:
+    for kind, priority, members in hints:
         kept = tuple(i for i in members if i in marked)
         if kept:
             out.append(Hint(kind, queue, priority, kept, at))
     return out
 
 
-def _candidates(conn: Connection, queue: str, at: float, window: int) -> dict[str, list[Any]]:
+_LOOK = select(
+    now().label("at"),
+    select(Queue.paused).where(Queue.name == bindparam("queue")).scalar_subquery().label("paused"),
+    select(func.coalesce(func.sum(Job.seconds), 0.0)).where(Job.queue == bindparam("queue"), has_state(JobState.DISPATCHED))
+    .scalar_subquery().label("seconds"),
+    select(func.count()).where(Job.queue == bindparam("queue"), has_state(JobState.DISPATCHED)).scalar_subquery().label("jobs"),
+    select(func.count()).where(Worker.seen_at > now() - bindparam("seen_s"), cast(Worker.queues, String).like(bindparam("serves")))
+    .scalar_subquery().label("workers"),
+)  # fmt: skip
+"""All that a dispatcher must know of a queue, in one round trip."""
+
+
+class _Waiting:
+    """Queued rows of one project in their order, taken a micro-batch at a time."""
+
+    def __init__(self, rows: Sequence[Any]) -> None:
+        self._rows = rows
+        self._next = 0
+        self._taken: set[str] = set()
+        self._alike: dict[tuple[str, int], deque[Any]] = defaultdict(deque)
+        for row in rows:
+            self._alike[(row.share_key, row.priority)].append(row)
+
+    def __bool__(self) -> bool:
+        while self._next < len(self._rows) and self._rows[self._next].id in self._taken:
+            self._next += 1
+        return self._next < len(self._rows)
+
+    @property
+    def head(self) -> Any:
+        """The row that is served next; ask whether there is one first."""
+        bool(self)
+        return self._rows[self._next]
+
+    def take(self) -> list[Any]:
+        """The head and those behind it that may share its forward pass; each row may bound its company."""
+        head = self.head
+        alike = self._alike[(head.share_key, head.priority)]
+        most = get_kind(head.kind).max_group
+        group: list[Any] = []
+        left: list[Any] = []
+        while alike and len(group) < min(most, head.group_limit or most):
+            row = alike.popleft()
+            if group and row.group_limit and len(group) >= row.group_limit:
+                left.append(row)
+                continue
+            group.append(row)
+            most = min(most, row.group_limit or most)
+        alike.extendleft(reversed(left))
+        self._taken.update(row.id for row in group)
+        return group
+
+
+def _candidates(conn: Connection, queue: str, at: float, window: int) -> dict[str, _Waiting]:
     sql = "SELECT min(project_id) FROM jobs WHERE state = 'queued' AND queue = :queue AND project_id > :after"
     projects = _skip_scan(conn, sql, {"queue": queue})
     if not projects:
@@ -363,32 +434,27 @@ def _candidates(conn: Connection, queue: str, at: float, window: int) -> dict[st
     paused = set(conn.execute(select(Project.id).where(Project.paused)).scalars())
     held = select(Batch.id).where(Batch.finished_at.is_(None), or_(Batch.paused, Batch.state == BatchState.CANCELLING))
     per_project = max(32, min(window, 8192 // len(projects)))
-    found: dict[str, list[Any]] = {}
+    found: dict[str, _Waiting] = {}
     for project in projects:
         if project in paused:
             continue
         query = (
             select(Job.id, Job.kind, Job.priority, Job.share_key, Job.seconds, Job.group_limit, Job.created_at, Job.run_after)
-            .where(Job.state == text("'queued'"), Job.queue == queue, Job.project_id == project, Job.run_after <= at)
+            .where(has_state(JobState.QUEUED), Job.queue == queue, Job.project_id == project, Job.run_after <= at)
             .where(or_(Job.batch_id.is_(None), Job.batch_id.not_in(held)))
             .order_by(Job.band, Job.rank, Job.id)
             .limit(per_project)
         )
-        if conn.dialect.name == "postgresql":
-            query = query.with_for_update(skip_locked=True, of=Job)
-        rows = list(conn.execute(query))
+        rows = conn.execute(query).all()
         if rows:
-            found[project] = rows
+            found[project] = _Waiting(rows)
     return found
 
 
 def undispatch(conn: Connection, ids: Sequence[str]) -> int:
     """Put jobs back whose hint could not be published."""
-    n = 0
-    for chunk in _chunks(ids):
-        statement = update(Job).where(Job.id.in_(chunk), Job.state == JobState.DISPATCHED).values(state=JobState.QUEUED, dispatched_at=None)
-        n += conn.execute(statement).rowcount
-    return n
+    statement = update(Job).where(among(conn, Job.id, ids), has_state(JobState.DISPATCHED)).values(state=JobState.QUEUED, dispatched_at=None)
+    return conn.execute(statement).rowcount
 
 
 def rescue_dispatched(conn: Connection, queue: str, before: float) -> int:
@@ -402,7 +468,7 @@ def rescue_dispatched(conn: Connection, queue: str, before: float) -> int:
     """
     statement = (
         update(Job)
-        .where(Job.queue == queue, Job.state == JobState.DISPATCHED, Job.dispatched_at < before)
+        .where(Job.queue == queue, has_state(JobState.DISPATCHED), Job.dispatched_at < before)
         .values(state=JobState.QUEUED, dispatched_at=None)
     )
     return conn.execute(statement).rowcount
@@ -424,59 +490,52 @@ def claim(conn: Connection, ids: Sequence[str], worker: str, lease_s: float) -> 
     Returns:
         The claimed jobs in the order of ``ids``.
     """
-    held_batches = select(Batch.id).where(Batch.finished_at.is_(None), or_(Batch.paused, Batch.state == BatchState.CANCELLING))
-    held_projects = select(Project.id).where(Project.paused)
-    held_queues = select(Queue.name).where(Queue.paused)
-    wanted = Job.state.in_((JobState.QUEUED, JobState.DISPATCHED))
-    held = or_(
-        and_(Job.batch_id.is_not(None), Job.batch_id.in_(held_batches)),
-        Job.project_id.in_(held_projects),
-        Job.queue.in_(held_queues),
+    ids = list(dict.fromkeys(ids))
+    values = {
+        "state": JobState.RUNNING, "attempt": Job.attempt + 1, "lease_owner": worker, "lease_until": now() + lease_s, "started_at": now(),
+        "progress": None, "message": None, "group_size": len(ids),
+    }  # fmt: skip
+    statement = (
+        update(Job)
+        .where(among(conn, Job.id, ids), has_state(JobState.QUEUED, JobState.DISPATCHED), ~Job.cancel_requested, Job.run_after <= now(), ~_held())
+        .values(values)
+        .returning(*_CLAIMED)
     )
-    claimed: dict[str, Claimed] = {}
-    for chunk in _chunks(list(dict.fromkeys(ids))):
-        free: Select[Any] = (
-            select(Job.id).where(Job.id.in_(chunk), wanted, ~Job.cancel_requested, Job.run_after <= now(), ~held).order_by(Job.id)
-        )
-        if conn.dialect.name == "postgresql":
-            free = free.with_for_update(skip_locked=True, of=Job)
-        mine = list(conn.execute(free).scalars())
-        if not mine:
-            continue
-        statement = (
-            update(Job)
-            .where(Job.id.in_(mine), wanted)
-            .values(
-                state=JobState.RUNNING, attempt=Job.attempt + 1, lease_owner=worker, lease_until=now() + lease_s,
-                started_at=now(), progress=None, message=None, group_size=len(ids),
-            )
-            .returning(*_CLAIMED)
-        )  # fmt: skip
-        for row in conn.execute(statement):
-            claimed[row.id] = Claimed(*row)
-    # A hint of a paused job is used up: the row waits in SQL again.
-    for chunk in _chunks([i for i in ids if i not in claimed]):
-        conn.execute(
-            update(Job).where(Job.id.in_(chunk), Job.state == JobState.DISPATCHED, held).values(state=JobState.QUEUED, dispatched_at=None)
-        )
-    if claimed:
-        size = len(claimed)
-        if size != len(ids):
-            conn.execute(update(Job).where(Job.id.in_(list(claimed)), Job.state == JobState.RUNNING).values(group_size=size))
-        conn.execute(
-            insert(Attempt),
-            [{"job_id": c.id, "attempt": c.attempt, "worker": worker, "group_size": size, "started_at": c.started_at} for c in claimed.values()],
-        )
-    return [claimed[i] for i in dict.fromkeys(ids) if i in claimed]
+    claimed = {row.id: Claimed(*row) for row in conn.execute(statement)}
+    if len(claimed) < len(ids):
+        # A hint of a paused job is used up: the row waits in SQL again.
+        rest = [i for i in ids if i not in claimed]
+        back = update(Job).where(among(conn, Job.id, rest), has_state(JobState.DISPATCHED), _held())
+        conn.execute(back.values(state=JobState.QUEUED, dispatched_at=None))
+        if claimed:
+            conn.execute(update(Job).where(among(conn, Job.id, claimed), has_state(JobState.RUNNING)).values(group_size=len(claimed)))
+    rows = [(c.id, c.attempt, worker, len(claimed), c.started_at) for c in claimed.values()]
+    insert_rows(conn, Attempt, ("job_id", "attempt", "worker", "group_size", "started_at"), rows)
+    return [claimed[i] for i in ids if i in claimed]
+
+
+def _held() -> ColumnElement[bool]:
+    """Whether a job's batch, project or queue is paused or being cancelled."""
+    batches = select(Batch.id).where(Batch.finished_at.is_(None), or_(Batch.paused, Batch.state == BatchState.CANCELLING))
+    return or_(
+        and_(Job.batch_id.is_not(None), Job.batch_id.in_(batches)),
+        Job.project_id.in_(select(Project.id).where(Project.paused)),
+        Job.queue.in_(select(Queue.name).where(Queue.paused)),
+    )
 
 
 def claimed_by(conn: Connection, ids: Sequence[str], worker: str) -> list[Claimed]:
     """Those of the jobs that this worker holds already: what a claim took whose answer was lost."""
-    held: list[Claimed] = []
-    for chunk in _chunks(list(dict.fromkeys(ids))):
-        query = select(*_CLAIMED).where(Job.id.in_(chunk), Job.state == JobState.RUNNING, Job.lease_owner == worker).order_by(Job.id)
-        held += [Claimed(*row) for row in conn.execute(query)]
-    return held
+    query = select(*_CLAIMED).where(among(conn, Job.id, ids), has_state(JobState.RUNNING), Job.lease_owner == worker).order_by(Job.id)
+    return [Claimed(*row) for row in conn.execute(query)]
+
+
+def _by_attempt(keys: Iterable[tuple[str, int]]) -> dict[int, list[str]]:
+    """Ids by attempt number. Nearly all have the same one, and then one plain statement fences all of them."""
+    out: dict[int, list[str]] = defaultdict(list)
+    for job_id, attempt in keys:
+        out[attempt].append(job_id)
+    return out
 
 
 @dataclass(frozen=True)
@@ -493,22 +552,28 @@ def heartbeat(conn: Connection, held: Mapping[tuple[str, int], tuple[float | Non
     Args:
         conn: Connection in a write transaction.
         held: (job id, attempt) → (progress in [0, 1] or None, message or None) of everything this worker runs.
-        lease_s: New length of the lease from now, seconds.
+        lease_s: New length of the lease from now, seconds. A lease of which two thirds are left is not written again.
     """
     alive: dict[tuple[str, int], bool] = {}
-    for chunk in _chunks(list(held)):
-        statement = (
-            update(Job)
-            .where(tuple_(Job.id, Job.attempt).in_(chunk), Job.state == JobState.RUNNING)
-            .values(lease_until=now() + lease_s)
-            .returning(Job.id, Job.attempt, Job.cancel_requested)
-        )
-        alive.update({(row.id, row.attempt): row.cancel_requested for row in conn.execute(statement)})
+    for attempt, ids in _by_attempt(held).items():
+        mine = (among(conn, Job.id, ids), Job.attempt == attempt, has_state(JobState.RUNNING))
+        found = conn.execute(select(Job.id, Job.cancel_requested, Job.lease_until - now()).where(*mine)).all()
+        alive.update({(row[0], attempt): row[1] for row in found})
+        aged = [row[0] for row in found if row[2] is None or row[2] < lease_s * 2 / 3]
+        if aged:
+            renewed = conn.execute(
+                update(Job)
+                .where(among(conn, Job.id, aged), Job.attempt == attempt, has_state(JobState.RUNNING))
+                .values(lease_until=now() + lease_s)
+                .returning(Job.id)
+            )
+            for job_id in set(aged) - set(renewed.scalars()):
+                alive.pop((job_id, attempt))  # it ended between the two statements
     for key, (progress, message) in held.items():
         if key in alive and (progress is not None or message):
             conn.execute(
                 update(Job)
-                .where(Job.id == key[0], Job.attempt == key[1], Job.state == JobState.RUNNING)
+                .where(Job.id == key[0], Job.attempt == key[1], has_state(JobState.RUNNING))
                 .values(progress=progress, message=(message or "")[:500] or None)
             )
     return Beat(frozenset(k for k in held if k not in alive), frozenset(k for k, c in alive.items() if c))
@@ -537,61 +602,64 @@ def finish(conn: Connection, results: Sequence[Success]) -> list[str]:
     """
     if not results:
         return []
-    by_key = {(r.job_id, r.attempt): r for r in results}
     done: dict[str, Any] = {}
-    for chunk in _chunks(sorted(by_key)):
-        fence = (tuple_(Job.id, Job.attempt).in_(chunk), Job.state == JobState.RUNNING)
+    for attempt, ids in _by_attempt((r.job_id, r.attempt) for r in results).items():
+        fence = (among(conn, Job.id, ids), Job.attempt == attempt, has_state(JobState.RUNNING))
         statement = (
             update(Job)
             .where(*fence, ~Job.cancel_requested)
-            .values(state=JobState.SUCCEEDED, finished_at=now(), progress=1.0, message=None, error=None, lease_owner=None, lease_until=None)
+            .values(
+                state=JobState.SUCCEEDED, finished_at=now(), progress=1.0, message=None, error=null(), lease_owner=None, lease_until=None
+            )
             .returning(Job.id, Job.attempt, Job.project_id, Job.batch_id, Job.kind, Job.seed, Job.model)
         )
-        done.update({row.id: row for row in conn.execute(statement)})
-        cancelled = list(conn.execute(select(Job.id, Job.attempt).where(*fence, Job.cancel_requested)))
-        for job_id, attempt in cancelled:
-            stop(conn, Stop(job_id, attempt, {"type": "cancelled", "code": "cancelled", "message": "cancelled while it ran"}))
+        hit = {row.id: row for row in conn.execute(statement)}
+        done.update(hit)
+        if len(hit) < len(ids):
+            for job_id in conn.execute(select(Job.id).where(*fence, Job.cancel_requested)).scalars().all():
+                stop(conn, Stop(job_id, attempt, {"type": "cancelled", "code": "cancelled", "message": "cancelled while it ran"}))
     if not done:
         return []
     at = database_time(conn)
-    refuse_doomed(conn, [a.object_key for r in results if r.job_id in done for a in r.artifacts], list(done))
-    _refuse_gone(conn, [a.object_key for r in results if r.job_id in done and r.reused_from for a in r.artifacts])
-    artifacts: list[dict[str, Any]] = []
-    models: list[dict[str, Any]] = []
-    keyed: list[Success] = []
-    for result in results:
-        row = done.get(result.job_id)
-        if row is None or row.attempt != result.attempt:
-            continue
-        rows = _artifact_rows(result.artifacts, row.project_id, row.id, row.attempt, at, row.seed, row.model)
+    published = [r for r in results if (row := done.get(r.job_id)) is not None and row.attempt == r.attempt]
+    refuse_doomed(conn, {a.object_key for r in published for a in r.artifacts}, list(done))
+    _refuse_gone(conn, {a.object_key for r in published if r.reused_from for a in r.artifacts})
+    artifacts: list[tuple[Any, ...]] = []
+    for result in published:
+        row = done[result.job_id]
+        rows = [_artifact_row(new_id("art"), n, a, row, at) for n, a in enumerate(result.artifacts)]
         artifacts += rows
-        by_name = {r["name"]: r for r in rows}
-        models += [_model_row(m, row, by_name, at) for m in result.models]
-        if result.result_key or result.reused_from:
-            keyed.append(result)
-    if artifacts:
-        conn.execute(insert(Artifact), artifacts)
-    for model in models:
-        insert_model(conn, model)
-    for result in keyed:
-        conn.execute(update(Job).where(Job.id == result.job_id).values(result_key=result.result_key, reused_from=result.reused_from))
-    _close_attempts(conn, [(r.job_id, r.attempt, "succeeded", None, r.phases) for r in results if r.job_id in done], at)
+        if result.models:
+            by_name = {values[6]: dict(zip(_ARTIFACT, values, strict=True)) for values in rows}
+            for model in result.models:
+                insert_model(conn, _model_row(model, row, by_name, at))
+    insert_rows(conn, Artifact, _ARTIFACT, artifacts)
+    keyed = [r for r in published if r.result_key or r.reused_from]
+    if keyed:
+        table: Any = Job.__table__  # the mapped class would take a list of values for an update by primary key
+        conn.execute(
+            update(table).where(Job.id == bindparam("job")).values(result_key=bindparam("key"), reused_from=bindparam("source")),
+            [{"job": r.job_id, "key": r.result_key, "source": r.reused_from} for r in keyed],
+        )
+    _close_attempts(conn, [(r.job_id, r.attempt, "succeeded", None, r.phases) for r in published], at)
     _ended(conn, list(done.values()), JobState.SUCCEEDED, reused={r.job_id for r in keyed if r.reused_from})
     _unblock(conn, list(done))
     return list(done)
 
 
-def _artifact_rows(items: Sequence[NewArtifact], project_id: str, job_id: str, attempt: int, at: float,
-                   seed: int | None, model: str | None, start: int = 0) -> list[dict[str, Any]]:  # fmt: skip
-    return [
-        {
-            "id": new_id("art"), "project_id": project_id, "job_id": job_id, "attempt": attempt, "position": start + n,
-            "role": a.role, "name": a.name, "object_key": a.object_key, "sha256": a.sha256, "size": a.size,
-            "media_type": a.media_type, "meta": a.meta, "seed": a.seed if a.seed is not None else seed,
-            "model": a.model or model, "parents": list(a.parents), "created_at": at,
-        }
-        for n, a in enumerate(items)
-    ]  # fmt: skip
+_ARTIFACT = (
+    "id", "project_id", "job_id", "attempt", "position", "role", "name", "object_key", "sha256", "size", "media_type", "meta", "seed",
+    "model", "parents", "created_at",
+)  # fmt: skip
+
+
+def _artifact_row(artifact_id: str, position: int, a: NewArtifact, job: Any, at: float) -> tuple[Any, ...]:
+    """Values of `_ARTIFACT`."""
+    return (
+        artifact_id, job.project_id, job.id, job.attempt, position, a.role, a.name, a.object_key, a.sha256, a.size, a.media_type,
+        dumps(a.meta) if a.meta else "{}", a.seed if a.seed is not None else job.seed, a.model or job.model,
+        dumps(list(a.parents)) if a.parents else "[]", at,
+    )  # fmt: skip
 
 
 def _model_row(model: Mapping[str, Any], job: Any, artifacts: Mapping[str, Mapping[str, Any]], at: float) -> dict[str, Any]:
@@ -618,7 +686,7 @@ def insert_model(conn: Connection, row: dict[str, Any]) -> str:
     return version
 
 
-def refuse_doomed(conn: Connection, keys: Sequence[str], jobs: Sequence[str] = ()) -> None:
+def refuse_doomed(conn: Connection, keys: Collection[str], jobs: Sequence[str] = ()) -> None:
     """Make sure that none of these objects is, or was, deleted: called before rows that point at them are written.
 
     The shared lock lasts to the end of the transaction. Who deletes takes it exclusively to mark what goes, and looks for
@@ -637,23 +705,23 @@ def refuse_doomed(conn: Connection, keys: Sequence[str], jobs: Sequence[str] = (
         return
     if conn.dialect.name == "postgresql":
         conn.execute(text("SELECT pg_advisory_xact_lock_shared(hashtext('factory:sweep'))"))
-    for chunk in _chunks(list(dict.fromkeys(keys))):
-        newest = conn.execute(select(DoomedObject.at, DoomedObject.object_key).where(DoomedObject.object_key.in_(chunk)).order_by(DoomedObject.at.desc()).limit(1)).one_or_none()
-        if newest is None:
-            continue
-        begun = conn.execute(select(func.min(Job.started_at)).where(Job.id.in_(list(jobs)))).scalar() if jobs else None
-        doomed = newest.object_key
-        if newest.at > (begun if begun is not None else database_time(conn) - MARK_S) - MARK_S:
-            raise TransientError(f"object {doomed} is being swept; it must be stored again", code="object_swept")
+    query = select(DoomedObject.at, DoomedObject.object_key).where(among(conn, DoomedObject.object_key, keys))
+    newest = conn.execute(query.order_by(DoomedObject.at.desc()).limit(1)).one_or_none()
+    if newest is None:
+        return
+    begun = conn.execute(select(func.min(Job.started_at)).where(among(conn, Job.id, jobs))).scalar() if jobs else None
+    if newest.at > (begun if begun is not None else database_time(conn) - MARK_S) - MARK_S:
+        raise TransientError(f"object {newest.object_key} is being swept; it must be stored again", code="object_swept")
 
 
-def _refuse_gone(conn: Connection, keys: Sequence[str]) -> None:
+def _refuse_gone(conn: Connection, keys: Collection[str]) -> None:
     """Results that are taken over must still be somebody's: their own put did not make their objects young again."""
-    for chunk in _chunks(list(dict.fromkeys(keys))):
-        there = set(conn.execute(select(Artifact.object_key).where(Artifact.object_key.in_(chunk))).scalars())
-        gone = sorted(set(chunk) - there)
-        if gone:
-            raise TransientError(f"object {gone[0]} of an earlier result is not kept any more", code="object_swept")
+    if not keys:
+        return
+    there = set(conn.execute(select(Artifact.object_key).distinct().where(among(conn, Artifact.object_key, keys))).scalars())
+    gone = sorted(set(keys) - there)
+    if gone:
+        raise TransientError(f"object {gone[0]} of an earlier result is not kept any more", code="object_swept")
 
 
 def publish(conn: Connection, job_id: str, attempt: int, artifact: NewArtifact) -> bool:
@@ -663,8 +731,8 @@ def publish(conn: Connection, job_id: str, attempt: int, artifact: NewArtifact) 
         False if the attempt is fenced: nothing was written.
     """
     row = conn.execute(
-        select(Job.id, Job.project_id, Job.seed, Job.model)
-        .where(Job.id == job_id, Job.attempt == attempt, Job.state == JobState.RUNNING)
+        select(Job.id, Job.attempt, Job.project_id, Job.seed, Job.model)
+        .where(Job.id == job_id, Job.attempt == attempt, has_state(JobState.RUNNING))
         .with_for_update()
     ).one_or_none()
     if row is None:
@@ -675,7 +743,7 @@ def publish(conn: Connection, job_id: str, attempt: int, artifact: NewArtifact) 
     # Published ones sort behind the outputs that the commit will number from 0.
     start = max(1000, (last or 0) + 1)
     at = database_time(conn)
-    conn.execute(insert(Artifact), _artifact_rows([artifact], row.project_id, job_id, attempt, at, row.seed, row.model, start))
+    insert_rows(conn, Artifact, _ARTIFACT, [_artifact_row(new_id("art"), start, artifact, row, at)])
     return True
 
 
@@ -685,7 +753,7 @@ def drop_published(conn: Connection, job_id: str, attempt: int, names: Sequence[
     Returns:
         Keys of their objects to which no other artifact points: delete them after the commit.
     """
-    held = select(Job.id).where(Job.id == job_id, Job.attempt == attempt, Job.state == JobState.RUNNING)
+    held = select(Job.id).where(Job.id == job_id, Job.attempt == attempt, has_state(JobState.RUNNING))
     statement = delete(Artifact).where(Artifact.job_id.in_(held), Artifact.name.in_(list(names))).returning(Artifact.object_key)
     keys = set(conn.execute(statement).scalars())
     return sorted(keys - set(conn.execute(select(Artifact.object_key).where(Artifact.object_key.in_(keys))).scalars()))
@@ -754,7 +822,7 @@ def stop(conn: Connection, result: Stop) -> JobState | None:
             Job.id, Job.attempt, Job.project_id, Job.batch_id, Job.kind, Job.group_size, Job.strikes, Job.tries,
             Job.group_limit, Job.cancel_requested, Job.seed, Job.model,
         )
-        .where(Job.id == result.job_id, Job.attempt == result.attempt, Job.state == JobState.RUNNING)
+        .where(Job.id == result.job_id, Job.attempt == result.attempt, has_state(JobState.RUNNING))
         .with_for_update()
     ).one_or_none()  # fmt: skip
     if row is None:
@@ -767,7 +835,7 @@ def stop(conn: Connection, result: Stop) -> JobState | None:
     terminal = verdict.state in TERMINAL
     conn.execute(
         update(Job)
-        .where(Job.id == row.id, Job.attempt == row.attempt, Job.state == JobState.RUNNING)
+        .where(Job.id == row.id, Job.attempt == row.attempt, has_state(JobState.RUNNING))
         .values(
             state=verdict.state, error=dict(result.error), tries=dict(verdict.tries), strikes=verdict.strikes,
             group_limit=verdict.group_limit, run_after=now() + verdict.delay_s if not terminal else Job.run_after,
@@ -787,11 +855,18 @@ def stop(conn: Connection, result: Stop) -> JobState | None:
 
 
 def _close_attempts(conn: Connection, items: Sequence[tuple[str, int, str, Mapping[str, Any] | None, Mapping[str, float]]], at: float) -> None:
+    # The members of a micro-batch share outcome and phases: then one statement closes all of them.
+    alike: dict[tuple[int, str, str | None, str | None], list[str]] = defaultdict(list)
+    told: dict[int, str | None] = {}
     for job_id, attempt, outcome, error, phases in items:
+        if id(phases) not in told:
+            told[id(phases)] = dumps(dict(phases)) if phases else None
+        alike[(attempt, outcome, dumps(dict(error)) if error else None, told[id(phases)])].append(job_id)
+    for (attempt, outcome, reason, spent), ids in alike.items():
         conn.execute(
             update(Attempt)
-            .where(Attempt.job_id == job_id, Attempt.attempt == attempt)
-            .values(finished_at=at, outcome=outcome, error=dict(error) if error else None, phases=dict(phases) or None)
+            .where(among(conn, Attempt.job_id, ids), Attempt.attempt == attempt)
+            .values(finished_at=at, outcome=outcome, error=json.loads(reason) if reason else null(), phases=json.loads(spent) if spent else null())
         )
 
 
@@ -819,19 +894,15 @@ def _ended(conn: Connection, rows: Sequence[Any], state: JobState, *, error: Map
 
 
 def _unblock(conn: Connection, parents: Sequence[str]) -> None:
-    waiting: Counter[str] = Counter()
-    for chunk in _chunks(parents):
-        waiting.update(conn.execute(select(Dependency.job_id).where(Dependency.parent_id.in_(chunk))).scalars())
+    waiting = Counter(conn.execute(select(Dependency.job_id).where(among(conn, Dependency.parent_id, parents))).scalars())
     by_count: dict[int, list[str]] = defaultdict(list)
-    for child, n in waiting.items():
+    for child, n in sorted(waiting.items()):
         by_count[n].append(child)
     for n, children in by_count.items():
-        for chunk in _chunks(sorted(children)):
-            # Subtracted, not counted anew: two parents may end at the same time and see only their own edge.
-            conn.execute(update(Job).where(Job.id.in_(chunk), Job.state == JobState.BLOCKED).values(pending=Job.pending - n))
-            conn.execute(
-                update(Job).where(Job.id.in_(chunk), Job.state == JobState.BLOCKED, Job.pending <= 0).values(state=JobState.QUEUED)
-            )
+        # Subtracted, not counted anew: two parents may end at the same time and see only their own edge.
+        blocked = (among(conn, Job.id, children), has_state(JobState.BLOCKED))
+        conn.execute(update(Job).where(*blocked).values(pending=Job.pending - n))
+        conn.execute(update(Job).where(*blocked, Job.pending <= 0).values(state=JobState.QUEUED))
 
 
 def _fail_children(conn: Connection, parents: Sequence[str]) -> None:
@@ -857,7 +928,7 @@ def _fail_children(conn: Connection, parents: Sequence[str]) -> None:
             state = JobState.CANCELLED if cause.state == JobState.CANCELLED else JobState.FAILED
             row = conn.execute(
                 update(Job)
-                .where(Job.id == child, Job.state == JobState.BLOCKED)
+                .where(Job.id == child, has_state(JobState.BLOCKED))
                 .values(state=state, error=error, finished_at=now())
                 .returning(Job.id, Job.project_id, Job.batch_id, Job.kind)
             ).one_or_none()
@@ -882,11 +953,11 @@ def reap(conn: Connection, *, lease_s: float, period_s: float, limit: int = 1000
     if last is None or at - last > max(3 * period_s, lease_s / 2):
         # Nobody could renew while the database or the whole factory was away: give live workers one lease to say so.
         n = conn.execute(
-            update(Job).where(Job.state == JobState.RUNNING, Job.lease_until < at + lease_s).values(lease_until=at + lease_s)
+            update(Job).where(has_state(JobState.RUNNING), Job.lease_until < at + lease_s).values(lease_until=at + lease_s)
         ).rowcount
         return {"extended": n}
     expired = conn.execute(
-        select(Job.id, Job.attempt, Job.lease_owner).where(Job.state == JobState.RUNNING, Job.lease_until < at).limit(limit)
+        select(Job.id, Job.attempt, Job.lease_owner).where(has_state(JobState.RUNNING), Job.lease_until < at).limit(limit)
     ).all()
     return dict(_crash(conn, expired, "the worker {owner} stopped renewing its lease"))
 
@@ -914,7 +985,7 @@ def _crash(conn: Connection, rows: Iterable[Any], reason: str) -> Counter[str]:
 
 def release_all(conn: Connection, reason: str) -> int:
     """Queue everything again that runs; only for a caller who knows that no worker of this ledger lives."""
-    rows = conn.execute(select(Job.id, Job.attempt).where(Job.state == JobState.RUNNING)).all()
+    rows = conn.execute(select(Job.id, Job.attempt).where(has_state(JobState.RUNNING))).all()
     return sum(crash(conn, [(r.id, r.attempt) for r in rows], reason, released=True).values())
 
 
@@ -924,13 +995,13 @@ def unblock_stuck(conn: Connection, limit: int = 1000) -> int:
     stuck = list(
         conn.execute(
             select(Job.id)
-            .where(Job.state == JobState.BLOCKED)
+            .where(has_state(JobState.BLOCKED))
             .where(~select(Dependency.job_id).where(Dependency.job_id == Job.id, Dependency.parent_id.in_(open_parents)).exists())
             .limit(limit)
         ).scalars()
     )
     for chunk in _chunks(stuck):
-        conn.execute(update(Job).where(Job.id.in_(chunk), Job.state == JobState.BLOCKED).values(state=JobState.QUEUED, pending=0))
+        conn.execute(update(Job).where(Job.id.in_(chunk), has_state(JobState.BLOCKED)).values(state=JobState.QUEUED, pending=0))
     return len(stuck)
 
 
@@ -976,6 +1047,16 @@ def counts(conn: Connection, batch_id: str) -> dict[str, dict[str, int]]:
     return dict(out)
 
 
+def all_ended(conn: Connection, batch_ids: Iterable[str]) -> set[str]:
+    """Those of the batches all of whose jobs have ended by the counters: a look that needs no write transaction."""
+    totals = conn.execute(select(Batch.id, Batch.total).where(among(conn, Batch.id, batch_ids), Batch.finished_at.is_(None))).all()
+    return {row.id for row in totals if _ended_jobs(counts(conn, row.id)) >= row.total}
+
+
+def _ended_jobs(per_kind: Mapping[str, Mapping[str, int]]) -> int:
+    return sum(n for states in per_kind.values() for state, n in states.items() if state in TERMINAL)
+
+
 def close_batches(conn: Connection, batch_ids: Iterable[str] | None = None) -> list[str]:
     """Finish batches each of whose jobs is terminal; each finishes exactly once.
 
@@ -990,8 +1071,7 @@ def close_batches(conn: Connection, batch_ids: Iterable[str] | None = None) -> l
     closed = []
     for row in conn.execute(query).all():
         per_kind = counts(conn, row.id)
-        ended = sum(n for states in per_kind.values() for state, n in states.items() if state in TERMINAL)
-        if ended < row.total:
+        if _ended_jobs(per_kind) < row.total:
             continue
         state = BatchState.CANCELLED if row.state == BatchState.CANCELLING else BatchState.COMPLETED
         hit = conn.execute(
@@ -1022,12 +1102,12 @@ def cancel_jobs(conn: Connection, ids: Sequence[str]) -> dict[str, int]:
     for chunk in _chunks(sorted(ids)):
         rows = conn.execute(
             update(Job)
-            .where(Job.id.in_(chunk), Job.state.in_(_WAITING))
+            .where(Job.id.in_(chunk), has_state(*_WAITING))
             .values(state=JobState.CANCELLED, finished_at=now(), error=error, cancel_requested=True, dispatched_at=None)
             .returning(Job.id, Job.project_id, Job.batch_id, Job.kind)
         ).all()
         requested += conn.execute(
-            update(Job).where(Job.id.in_(chunk), Job.state == JobState.RUNNING, ~Job.cancel_requested).values(cancel_requested=True)
+            update(Job).where(Job.id.in_(chunk), has_state(JobState.RUNNING), ~Job.cancel_requested).values(cancel_requested=True)
         ).rowcount
         _ended(conn, rows, JobState.CANCELLED)
         _fail_children(conn, [r.id for r in rows])
@@ -1051,14 +1131,14 @@ def cancel_batch(conn: Connection, batch_id: str, limit: int = 2000) -> int:
     )
     ids = list(
         conn.execute(
-            select(Job.id).where(Job.batch_id == batch_id, Job.state.in_([s for s in ACTIVE if s != JobState.RUNNING])).limit(limit)
+            select(Job.id).where(Job.batch_id == batch_id, has_state(*_WAITING)).limit(limit)
         ).scalars()
     )
     cancel_jobs(conn, ids)
     conn.execute(
-        update(Job).where(Job.batch_id == batch_id, Job.state == JobState.RUNNING, ~Job.cancel_requested).values(cancel_requested=True)
+        update(Job).where(Job.batch_id == batch_id, has_state(JobState.RUNNING), ~Job.cancel_requested).values(cancel_requested=True)
     )
-    left = select(func.count()).select_from(Job).where(Job.batch_id == batch_id, Job.state.in_(_WAITING))
+    left = select(func.count()).select_from(Job).where(Job.batch_id == batch_id, has_state(*_WAITING))
     return int(conn.execute(left).scalar_one())
 
 
@@ -1085,5 +1165,5 @@ def reprioritise(conn: Connection, ids: Sequence[str], priority: int) -> int:
     """Give waiting jobs another priority."""
     n = 0
     for chunk in _chunks(sorted(ids)):
-        n += conn.execute(update(Job).where(Job.id.in_(chunk), Job.state.in_(_WAITING)).values(priority=priority, band=100 - priority)).rowcount
+        n += conn.execute(update(Job).where(Job.id.in_(chunk), has_state(*_WAITING)).values(priority=priority, band=100 - priority)).rowcount
     return n

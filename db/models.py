@@ -18,12 +18,16 @@ from sqlalchemy import (
     SmallInteger,
     String,
     UniqueConstraint,
+    false,
     text,
+    true,
 )
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 ID = String(40).with_variant(String(40, collation="C"), "postgresql")
 # SQLite only counts up by itself in a column declared INTEGER.
+ZERO = text("0")
+EMPTY = text("'{}'")
 SERIAL = BigInteger().with_variant(Integer(), "sqlite")
 
 
@@ -124,42 +128,52 @@ _QUEUED = text("state = 'queued'")
 _DISPATCHED = text("state = 'dispatched'")
 _RUNNING = text("state = 'running'")
 _RETRIED = text("retry_of IS NOT NULL")
-_SUCCEEDED = text("state = 'succeeded'")
+_KEYED = text("idempotency_key IS NOT NULL")
+_KEPT = text("result_key IS NOT NULL")
+_BATCHED = text("batch_id IS NOT NULL")
+_BLOCKED = text("state = 'blocked'")
+_WAITING = text("state IN ('blocked', 'queued')")
+_UNWELL = text("state IN ('failed', 'dead', 'cancelled')")
+_INPUT = text("role = 'input'")
 
 
 class Job(Base):
-    """One piece of work. Its row is the truth; `db.lifecycle` alone changes its state."""
+    """One piece of work. Its row is the truth; `db.lifecycle` alone changes its state.
+
+    Written four times in a job's life, so it has few indexes and no foreign keys: each index is paid with each change of state, and
+    a foreign key with a lock on the one row of project and batch that all of them share (docs/decisions/0010-hot-path.md).
+    """
 
     __tablename__ = "jobs"
     id: Mapped[str] = mapped_column(ID, primary_key=True)
-    project_id: Mapped[str] = mapped_column(ID, ForeignKey("projects.id"))
-    batch_id: Mapped[str | None] = mapped_column(ID, ForeignKey("batches.id"))
+    project_id: Mapped[str] = mapped_column(ID)
+    batch_id: Mapped[str | None] = mapped_column(ID)
     custom_id: Mapped[str | None] = mapped_column(String(200))
-    line: Mapped[int] = mapped_column(BigInteger, default=0)
+    line: Mapped[int] = mapped_column(BigInteger, default=0, server_default=ZERO)
     kind: Mapped[str] = mapped_column(String(80))
     queue: Mapped[str] = mapped_column(String(40))
     state: Mapped[str] = mapped_column(String(16))
-    priority: Mapped[int] = mapped_column(SmallInteger, default=0)
+    priority: Mapped[int] = mapped_column(SmallInteger, default=0, server_default=ZERO)
     # 100 - priority: ascending like rank, so that one plain index serves the dispatcher's order.
-    band: Mapped[int] = mapped_column(SmallInteger, default=100)
-    rank: Mapped[int] = mapped_column(BigInteger, default=0)
+    band: Mapped[int] = mapped_column(SmallInteger, default=100, server_default=text("100"))
+    rank: Mapped[int] = mapped_column(BigInteger, default=0, server_default=ZERO)
     params: Mapped[dict[str, Any]]
     model: Mapped[str | None] = mapped_column(String(300))
-    seed: Mapped[int] = mapped_column(BigInteger, default=0)
-    seconds: Mapped[float] = mapped_column(default=1.0)
+    seed: Mapped[int] = mapped_column(BigInteger, default=0, server_default=ZERO)
+    seconds: Mapped[float] = mapped_column(default=1.0, server_default=text("1"))
     share_key: Mapped[str] = mapped_column(String(40))
     result_key: Mapped[str | None] = mapped_column(String(64))
-    reuse: Mapped[bool] = mapped_column(Boolean, default=True)
-    pending: Mapped[int] = mapped_column(default=0)
-    run_after: Mapped[float] = mapped_column(default=0.0)
-    attempt: Mapped[int] = mapped_column(default=0)
-    strikes: Mapped[int] = mapped_column(SmallInteger, default=0)
-    tries: Mapped[dict[str, Any]] = mapped_column(default=dict)
-    group_limit: Mapped[int] = mapped_column(default=0)
-    group_size: Mapped[int] = mapped_column(default=1)
+    reuse: Mapped[bool] = mapped_column(Boolean, default=True, server_default=true())
+    pending: Mapped[int] = mapped_column(default=0, server_default=ZERO)
+    run_after: Mapped[float] = mapped_column(default=0.0, server_default=ZERO)
+    attempt: Mapped[int] = mapped_column(default=0, server_default=ZERO)
+    strikes: Mapped[int] = mapped_column(SmallInteger, default=0, server_default=ZERO)
+    tries: Mapped[dict[str, Any]] = mapped_column(default=dict, server_default=EMPTY)
+    group_limit: Mapped[int] = mapped_column(default=0, server_default=ZERO)
+    group_size: Mapped[int] = mapped_column(default=1, server_default=text("1"))
     lease_owner: Mapped[str | None] = mapped_column(String(200))
     lease_until: Mapped[float | None]
-    cancel_requested: Mapped[bool] = mapped_column(Boolean, default=False)
+    cancel_requested: Mapped[bool] = mapped_column(Boolean, default=False, server_default=false())
     progress: Mapped[float | None]
     message: Mapped[str | None] = mapped_column(String(500))
     error: Mapped[dict[str, Any] | None]
@@ -167,20 +181,24 @@ class Job(Base):
     retry_of: Mapped[str | None] = mapped_column(ID)
     idempotency_key: Mapped[str | None] = mapped_column(String(255))
     request_hash: Mapped[str | None] = mapped_column(String(64))
-    labels: Mapped[dict[str, Any]] = mapped_column(default=dict)
+    labels: Mapped[dict[str, Any]] = mapped_column(default=dict, server_default=EMPTY)
     created_at: Mapped[float]
     dispatched_at: Mapped[float | None]
     started_at: Mapped[float | None]
     finished_at: Mapped[float | None]
     __table_args__ = (
-        UniqueConstraint("batch_id", "custom_id"),
-        UniqueConstraint("project_id", "idempotency_key"),
+        Index("uq_jobs_idempotency_key", "project_id", "idempotency_key", unique=True, postgresql_where=_KEYED, sqlite_where=_KEYED),
         Index("ix_jobs_queued", "queue", "project_id", "band", "rank", "id", postgresql_where=_QUEUED, sqlite_where=_QUEUED),
         Index("ix_jobs_dispatched", "queue", "dispatched_at", postgresql_where=_DISPATCHED, sqlite_where=_DISPATCHED),
-        Index("ix_jobs_running", "lease_until", postgresql_where=_RUNNING, sqlite_where=_RUNNING),
-        Index("ix_jobs_result", "result_key", postgresql_where=_SUCCEEDED, sqlite_where=_SUCCEEDED),
-        Index("ix_jobs_batch_line", "batch_id", "line", "id"),
-        Index("ix_jobs_batch_state", "batch_id", "state", "id"),
+        # By what never changes while a job runs, so that a heartbeat touches no index. Running jobs are few.
+        Index("ix_jobs_running", "id", postgresql_where=_RUNNING, sqlite_where=_RUNNING),
+        Index("ix_jobs_result", "result_key", postgresql_where=_KEPT, sqlite_where=_KEPT),
+        Index("ix_jobs_batch_line", "batch_id", "line", "id", postgresql_where=_BATCHED, sqlite_where=_BATCHED),
+        # What is looked for in a large batch and rarely there: these cost nothing on the way of a job that succeeds.
+        Index("ix_jobs_waiting", "batch_id", "line", "id", postgresql_where=_WAITING, sqlite_where=_WAITING),
+        Index("ix_jobs_batch_unwell", "batch_id", "line", "id", postgresql_where=_UNWELL, sqlite_where=_UNWELL),
+        Index("ix_jobs_unwell", "project_id", "id", postgresql_where=_UNWELL, sqlite_where=_UNWELL),
+        Index("ix_jobs_blocked", "id", postgresql_where=_BLOCKED, sqlite_where=_BLOCKED),
         Index("ix_jobs_project", "project_id", "id"),
         Index("ix_jobs_retry_of", "retry_of", postgresql_where=_RETRIED, sqlite_where=_RETRIED),
     )
@@ -190,7 +208,7 @@ class Dependency(Base):
     """Edge of the graph: the job waits for the parent."""
 
     __tablename__ = "job_dependencies"
-    job_id: Mapped[str] = mapped_column(ID, ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True)
+    job_id: Mapped[str] = mapped_column(ID, primary_key=True)
     parent_id: Mapped[str] = mapped_column(ID, primary_key=True, index=True)
 
 
@@ -198,7 +216,7 @@ class Attempt(Base):
     """One claim of a job by a worker: what came of it and where the time went."""
 
     __tablename__ = "attempts"
-    job_id: Mapped[str] = mapped_column(ID, ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True)
+    job_id: Mapped[str] = mapped_column(ID, primary_key=True)
     attempt: Mapped[int] = mapped_column(primary_key=True)
     worker: Mapped[str] = mapped_column(String(200))
     group_size: Mapped[int] = mapped_column(default=1)
@@ -214,8 +232,8 @@ class Artifact(Base):
 
     __tablename__ = "artifacts"
     id: Mapped[str] = mapped_column(ID, primary_key=True)
-    project_id: Mapped[str] = mapped_column(ID, ForeignKey("projects.id"))
-    job_id: Mapped[str | None] = mapped_column(ID, ForeignKey("jobs.id"))
+    project_id: Mapped[str] = mapped_column(ID)
+    job_id: Mapped[str | None] = mapped_column(ID)
     attempt: Mapped[int] = mapped_column(default=0)
     position: Mapped[int] = mapped_column(default=0)
     role: Mapped[str] = mapped_column(String(16), default="output")
@@ -233,7 +251,7 @@ class Artifact(Base):
         UniqueConstraint("job_id", "name"),
         Index("ix_artifacts_object", "object_key"),
         Index("ix_artifacts_project", "project_id", "id"),
-        Index("ix_artifacts_sha", "project_id", "sha256"),
+        Index("ix_artifacts_input", "project_id", "sha256", postgresql_where=_INPUT, sqlite_where=_INPUT),
     )
 
 

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from sqlalchemy import Connection, create_engine, event, make_url, text
 from sqlalchemy.dialects import postgresql, sqlite
-from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
+from sqlalchemy.exc import DBAPIError, DisconnectionError, InterfaceError, OperationalError
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.types import Double
@@ -75,13 +75,14 @@ class Database:
                 pool_size=pool_size,
                 max_overflow=10,
                 pool_timeout=connect_timeout_s,
-                pool_pre_ping=True,
                 connect_args={
                     "connect_timeout": max(1, int(connect_timeout_s)),
                     "keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 3,
                     "application_name": "contentfactory",
                 },
             )  # fmt: skip
+            event.listen(self.engine, "checkin", _note_use)
+            event.listen(self.engine, "checkout", _ping_if_idle)
         else:
             raise ConfigError(f"database_url names {backend!r}; allowed: sqlite, postgresql", param="database_url")
 
@@ -162,6 +163,25 @@ def _mapped() -> Iterator[None]:
         if error.connection_invalidated:
             raise ServiceUnavailable("the connection to the database was lost", code="database_unavailable") from error
         raise
+
+
+IDLE_S = 1.0
+"""A connection that rested longer is asked whether it still stands before it is used."""
+
+
+def _note_use(connection: Any, record: Any) -> None:
+    record.info["used"] = time.monotonic()
+
+
+def _ping_if_idle(connection: Any, record: Any, proxy: Any) -> None:
+    # Asked each time, a busy worker would pay for it with every transaction.
+    if time.monotonic() - record.info.get("used", time.monotonic()) < IDLE_S:
+        return
+    try:
+        connection.execute("SELECT 1")
+        connection.rollback()
+    except Exception as error:
+        raise DisconnectionError from error
 
 
 def _sqlite_connect(connection: Any, record: Any) -> None:

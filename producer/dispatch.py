@@ -13,6 +13,9 @@ from producer.publish import Publisher
 
 log = structlog.get_logger(__name__)
 
+LOOK, LOOK_MOST = 256, 4096
+"""Queued rows of a project that are looked at in one go: at first, and at most."""
+
 
 class Dispatcher:
     """Moves queued jobs to the broker, up to the cap of each queue.
@@ -28,11 +31,13 @@ class Dispatcher:
         self.publisher = publisher
         self.settings = settings
 
-    def dispatch(self, queues: Iterable[str] | None = None) -> int:
+    def dispatch(self, queues: Iterable[str] | None = None, *, top_up: bool = False) -> int:
         """Dispatch what fits.
 
         Args:
             queues: Only these; every queue with queued jobs where left out.
+            top_up: Leave queues alone in which more than half of what may be in flight still is: for callers that come
+                by often, each time after a little room was made.
 
         Returns:
             Number of jobs sent. A broker that is away is no error: the jobs stay queued.
@@ -42,10 +47,14 @@ class Dispatcher:
                 queues = lifecycle.queues_with_work(conn)
         sent = 0
         for queue in queues:
+            window = LOOK
             while True:
-                hints = self.database.run(partial(lifecycle.dispatch, queue=queue, cap_s=self.settings.inflight_s))
+                step = partial(lifecycle.dispatch, queue=queue, cap_s=self.settings.inflight_s, window=window, top_up=top_up)
+                hints = self.database.run(step)
                 if not hints:
                     break
+                # Small jobs: look further ahead, so that a round trip moves more of them.
+                window = min(2 * window, LOOK_MOST)
                 unsent = self.publisher.send(hints)
                 if unsent:
                     ids = [i for hint in unsent for i in hint.ids]

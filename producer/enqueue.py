@@ -4,9 +4,11 @@ import gzip
 import hashlib
 import json
 import os
-import tempfile
+import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,30 +17,45 @@ import structlog
 
 from contentfactory.errors import Conflict, FactoryError, InputError, NotFound, ServiceUnavailable
 from contentfactory.ids import is_id, new_id, stable_seed
-from contentfactory.jobs.spec import Params, canonical, get_kind, iter_inputs, iter_refs, put_at
+from contentfactory.jobs.spec import Params, canonical, get_kind, iter_inputs, iter_refs, put_at, takes_media
 from contentfactory.settings import Settings
-from contentfactory.states import BatchState, JobState, Priority
+from contentfactory.states import TERMINAL, UNWELL, BatchState, JobState, Priority
 from db import batches, jobs, lifecycle, projects, registry
 from db.session import Database
 from producer import manifest as manifests
 from producer.dispatch import Dispatcher
 from producer.models import ModelPins
 from producer.publish import Publisher
+from producer.spool import KEY, SPOOL_FORMAT, Spool, as_dict, estimate, number_of, record_number
 from storage.base import ObjectStore
 from storage.keys import input_key, media_type_for
 
 log = structlog.get_logger(__name__)
 
-EXPAND_ROWS = 2000
+EXPAND_ROWS = 4000
 """Rows in one transaction of the expander."""
+MAX_MANY = 100_000
+"""Most jobs in one call of `Producer.submit_many`; what is larger goes in as a manifest, which streams."""
 
 
 def job_id_for(batch_id: str, custom_id: str) -> str:
     """The id of a batch's job: a function of both, so that a repeated chunk writes nothing twice and a dependency may point
     to a line that is not there yet. Its first half is the batch's own time stamp, so ids still sort by age.
     """
-    digest = hashlib.sha256(f"{batch_id}\x1f{custom_id}".encode()).hexdigest()
-    return f"job_{batch_id.partition('_')[2][:12]}{digest[:20]}"
+    return job_ids(batch_id)(custom_id)
+
+
+def job_ids(batch_id: str) -> Callable[[str], str]:
+    """`job_id_for` for many jobs of one batch."""
+    begun = hashlib.sha256(f"{batch_id}\x1f".encode())
+    stamp = batch_id.partition("_")[2][:12]
+
+    def job_id(custom_id: str) -> str:
+        digest = begun.copy()
+        digest.update(custom_id.encode())
+        return f"job_{stamp}{digest.hexdigest()[:20]}"
+
+    return job_id
 
 
 class Producer:
@@ -55,6 +72,7 @@ class Producer:
         self.settings = settings
         self.database = database
         self.store = store
+        self.publisher = publisher
         self.dispatcher = Dispatcher(database, publisher, settings) if publisher else None
         self._projects: dict[str, str] = {}
 
@@ -131,7 +149,7 @@ class Producer:
             pinned = _pin_datasets(conn, project_id, parsed)
             row = lifecycle.NewJob(
                 id=job_id, project_id=project_id, kind=spec.name, queue=spec.queue, params=pinned.model_dump(mode="json"),
-                share_key=spec.share_key(parsed, model), seconds=_seconds(spec, parsed), seed=chosen, model=model,
+                share_key=spec.share_key(parsed, model), seconds=estimate(spec, parsed), seed=chosen, model=model,
                 priority=priority, parents=parents, reuse=reuse and spec.cacheable and self.settings.reuse_results,
                 idempotency_key=idempotency_key, request_hash=request_hash, labels=dict(labels or {}),
             )  # fmt: skip
@@ -144,6 +162,116 @@ class Producer:
         if made == job_id:
             self.kick([spec.queue])
         return made
+
+    def submit_many(
+        self,
+        kind: str,
+        params: Sequence[Mapping[str, Any]],
+        *,
+        project: str | None = None,
+        priority: int = Priority.BULK,
+        seeds: Sequence[int] | None = None,
+        reuse: bool = True,
+        labels: Mapping[str, str] | None = None,
+    ) -> list[str]:
+        """Accept many jobs of one kind in one transaction: all of them or none.
+
+        Args:
+            kind: Kind of job.
+            params: Parameters of each job, at most `MAX_MANY`.
+            project: Project's name.
+            priority: 0 to 100.
+            seeds: Seed of each job; random where left out.
+            reuse: Whether equal earlier results may be taken.
+            labels: The caller's own notes, the same for all.
+
+        Returns:
+            The jobs' ids in the order of ``params``; their rows are committed.
+
+        Raises:
+            InputError: If something is wrong with one of them; the message names the first by its index.
+            ServiceUnavailable: If the ledger cannot be written.
+        """
+        spec = get_kind(kind)
+        if len(params) > MAX_MANY:
+            raise InputError(f"{len(params)} jobs in one call; the limit is {MAX_MANY}: hand in a manifest instead", param="params")
+        if seeds is not None and len(seeds) != len(params):
+            raise InputError(f"{len(seeds)} seeds for {len(params)} jobs", param="seeds")
+        if not 0 <= priority <= 100:
+            raise InputError(f"priority is {priority}; allowed: 0 to 100", param="priority")
+        project_id = self.project_id(project)
+        parsed: list[Params] = []
+        for index, one in enumerate(params):
+            try:
+                parsed.append(spec.validate(one))
+                if seeds is not None and not 0 <= seeds[index] < 2**32:
+                    raise InputError(f"seed is {seeds[index]}; allowed: 0 to {2**32 - 1}", param="seed")
+            except InputError as error:
+                raise InputError(f"job {index}: {error.message}", code=error.code, param=error.param, index=index) from None
+        if not parsed:
+            return []
+        ids = [new_id("job") for _ in parsed]
+        chosen = seeds if seeds is not None else [random.getrandbits(31) for _ in parsed]
+        cacheable, noted, media = reuse and spec.cacheable and self.settings.reuse_results, dict(labels or {}), takes_media(spec.params)
+
+        def row(conn: Any, pins: ModelPins, index: int) -> lifecycle.NewJob:
+            one = parsed[index]
+            parents: tuple[str, ...] = ()
+            if media or any(True for _ in iter_refs(one)):
+                parents = tuple(dict.fromkeys(ref.job for _, ref in iter_refs(one)))
+                for parent in parents:
+                    if not is_id(parent, "job") or jobs.get(conn, project_id, parent) is None:
+                        raise InputError(f"job {index}: needs {parent!r}, which is no job of this project", code="unknown_dependency")
+                self._check_artifacts(conn, project_id, one)
+                one = _pin_datasets(conn, project_id, one)
+            model = pins.pin(spec, getattr(one, "model", None))
+            return lifecycle.NewJob(
+                id=ids[index], project_id=project_id, kind=spec.name, queue=spec.queue, params=one.model_dump_json(),
+                share_key=spec.share_key(one, model), seconds=estimate(spec, one), seed=chosen[index], model=model, priority=priority,
+                parents=parents, reuse=cacheable, labels=noted,
+            )  # fmt: skip
+
+        def work(conn: Any) -> None:
+            if jobs.get(conn, project_id, ids[0]) is not None:
+                return  # an earlier try was committed and its answer lost
+            pins = ModelPins(conn, project_id)
+            for start in range(0, len(ids), EXPAND_ROWS):
+                lifecycle.insert_jobs(conn, [row(conn, pins, i) for i in range(start, min(start + EXPAND_ROWS, len(ids)))], fresh=True)
+
+        self.database.run(work)
+        self.kick([spec.queue])
+        return ids
+
+    def wait(self, job_ids: Sequence[str], timeout_s: float) -> dict[str, JobState]:
+        """Wait until jobs have ended.
+
+        The worker that ends an interactive job says so on the broker at once; for others, and where that word is lost, the
+        ledger is asked again and again, at growing intervals.
+
+        Args:
+            job_ids: Jobs of any project.
+            timeout_s: Longest wait, seconds.
+
+        Returns:
+            State of each job, also of those that have not ended in time.
+
+        Raises:
+            ServiceUnavailable: If the ledger cannot be read.
+        """
+        end = time.monotonic() + timeout_s
+        pause = 0.02 if self.publisher else 0.002
+        with self.publisher.listen(job_ids) if self.publisher else nullcontext() as heard:
+            while True:
+                with self.database.read() as conn:
+                    states = jobs.states(conn, job_ids)
+                left = end - time.monotonic()
+                if left <= 0 or all(state in TERMINAL for state in states.values()):
+                    return states
+                if heard is None:
+                    time.sleep(min(left, pause))
+                else:
+                    heard.wait(min(left, pause))
+                pause = min(pause * 1.5, 0.25)
 
     def _check_artifacts(self, conn: Any, project_id: str, params: Params) -> None:
         for field, modality, value in iter_inputs(params):
@@ -194,11 +322,19 @@ class Producer:
 
     # --- batches ---
 
-    def plan(self, manifest: manifests.Manifest, *, project: str | None = None, progress: Any = None) -> manifests.Report:
-        """Check a manifest to the last line, models included; nothing is accepted."""
+    def plan(self, manifest: manifests.Manifest, *, project: str | None = None, progress: Any = None, spool: bool = False) -> manifests.Report:
+        """Check a manifest to the last line, models included; nothing is accepted.
+
+        Args:
+            manifest: An opened manifest.
+            project: Project's name.
+            progress: Told the number of jobs read, now and then.
+            spool: Whether to write down what was checked, in ``report.spool``, so that `create_batch` need not read it again.
+        """
         project_id = self.project_id(project)
         made: set[str] = set()
         awaited: list[tuple[str, manifests.ManifestError]] = []
+        sink = Spool() if spool else None
         with self.database.read() as conn:
             pins = ModelPins(conn, project_id)
 
@@ -206,8 +342,9 @@ class Producer:
                 if line.kind.startswith("train."):
                     made.add(str(line.params.get("name")))
                 model = getattr(line.parsed, "model", None)
+                pinned = None
                 try:
-                    pins.pin(line.spec, model)
+                    pinned = pins.pin(line.spec, model)
                 except InputError as error:
                     if error.code == "unknown_model" and line.parents:
                         # A training job of the same manifest may make it; whether one does shows at the end.
@@ -215,18 +352,31 @@ class Producer:
                         awaited.append((str(model), wrong))
                     else:
                         yield error.message
-                try:
-                    _pin_datasets(conn, project_id, line.parsed)
-                except InputError as error:
-                    yield error.message
-                for field, _, value in iter_inputs(line.parsed):
-                    if isinstance(value, str) and value.startswith("art_") and jobs.artifact(conn, project_id, value) is None:
-                        yield f"{field}: {value} is no artifact of this project"
+                if takes_media(type(line.parsed)):
+                    try:
+                        _pin_datasets(conn, project_id, line.parsed)
+                    except InputError as error:
+                        yield error.message
+                    for field, _, value in iter_inputs(line.parsed):
+                        if isinstance(value, str) and value.startswith("art_") and jobs.artifact(conn, project_id, value) is None:
+                            yield f"{field}: {value} is no artifact of this project"
+                if sink is not None:
+                    sink.add(line, pinned)
 
-            report = manifests.check(manifest, vet=vet, progress=progress)
+            try:
+                report = manifests.check(manifest, vet=vet, progress=progress)
+            except BaseException:
+                if sink:
+                    sink.discard()
+                raise
         missing = tuple(error for model, error in awaited if model not in made)
         report.errors = tuple(sorted((*report.errors, *missing), key=lambda e: e.line or 0)) if missing else report.errors
         report.error_count += len(missing)
+        if sink is not None:
+            if report.ok and not report.files:
+                report.spool = sink
+            else:  # local files get their artifacts' ids first
+                sink.discard()
         return report
 
     def create_batch(
@@ -261,28 +411,30 @@ class Producer:
         Raises:
             InputError: With every mistake by its line; nothing is accepted then.
         """
-        report = report or self.plan(manifest, project=project, progress=progress)
+        report = report or self.plan(manifest, project=project, progress=progress, spool=True)
         report.raise_for_errors(shown=1000)
         project_id = self.project_id(project)
-        uploaded = self._upload_files(manifest, project) if report.files else {}
-        handle, spool_name = tempfile.mkstemp(prefix="factory-manifest-", suffix=".jsonl.gz")
-        os.close(handle)
-        spool = Path(spool_name)
+        spool, report.spool = report.spool, None
+        if spool is None:
+            spool = self._read_again(manifest, project_id, self._upload_files(manifest, project) if report.files else {})
         try:
-            digest, total = self._spool(manifest, uploaded, spool, priority, reuse)
+            path, digest, total = spool.close(priority, reuse)
             if resume:
                 with self.database.read() as conn:
                     found = batches.find_open(conn, project_id, digest)
                 if found:
                     return found, True
-            with open(spool, "rb") as stream:
+            with open(path, "rb") as stream:
                 sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
             key = input_key(project_id, sha256, ".jsonl.gz")
-            self.store.put(key, spool, media_type="application/gzip", sha256=sha256)
+            self.store.put(key, path, media_type="application/gzip", sha256=sha256)
         finally:
-            spool.unlink(missing_ok=True)
+            spool.discard()
         batch_id = new_id("batch")
-        source = {"object_key": key, "sha256": sha256, "jobs": total, "file": manifest.path.name}
+        source = {
+            "object_key": key, "sha256": sha256, "jobs": total, "file": manifest.path.name, "format": SPOOL_FORMAT, "priority": priority,
+            "reuse": reuse,
+        }  # fmt: skip
         title = name or manifest.name or manifest.path.name
 
         def work(conn: Any) -> None:
@@ -300,24 +452,22 @@ class Producer:
                     uploaded[one.address] = self.upload(one.path, project=project)
         return uploaded
 
-    def _spool(self, manifest: manifests.Manifest, uploaded: Mapping[str, str], target: Path, priority: int, reuse: bool) -> tuple[str, int]:
-        """Write the validated jobs as one JSON line each; returns the digest of the lines and their number.
-
-        The expander then needs neither the user's files nor a second validation of templates, and may stop anywhere.
-        """
-        digest = hashlib.sha256()
-        total = 0
-        with open(target, "wb") as raw, gzip.GzipFile(fileobj=raw, mode="wb", compresslevel=1, mtime=0) as out:
-            for total, line in enumerate(manifests.lines(manifest), start=1):
-                record = {
-                    "n": total, "id": line.custom_id, "kind": line.kind,
-                    "params": line.with_files(uploaded), "parents": list(line.parents),
-                    "priority": line.priority or priority, "seed": line.seed, "labels": line.metadata, "reuse": reuse,
-                }  # fmt: skip
-                data = json.dumps(record, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode() + b"\n"
-                digest.update(data)
-                out.write(data)
-        return digest.hexdigest(), total
+    def _read_again(self, manifest: manifests.Manifest, project_id: str, uploaded: Mapping[str, str]) -> Spool:
+        """The spool of a manifest that was checked before."""
+        spool = Spool()
+        try:
+            with self.database.read() as conn:
+                pins = ModelPins(conn, project_id)
+                for line in manifests.lines(manifest):
+                    try:
+                        pinned = pins.pin(line.spec, getattr(line.parsed, "model", None))
+                    except InputError:
+                        pinned = None  # a training job of this manifest makes it
+                    spool.add(line, pinned, uploaded)
+        except BaseException:
+            spool.discard()
+            raise
+        return spool
 
     def expand(self, batch_id: str, seconds: float | None = None) -> bool:
         """Write a batch's rows, chunk by chunk, from where the last expander stopped. Several may try: the cursor decides.
@@ -339,52 +489,110 @@ class Producer:
             return True
         cursor = row["cursor"]
         rank0 = int(row["created_at"] * 1000) * 1_000_000
-        try:
-            for chunk in self._records(row["source"]["object_key"], cursor):
-                new = chunk[-1]["n"]
-                if not self._write_chunk(row, chunk, cursor, new, rank0):
-                    return False  # another expander is ahead of us
+        # While the database copies one chunk in, the next one is read; SQLite works in this very process and gains nothing.
+        with ExitStack() as stack:
+            ahead = None if self.database.sqlite else stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="expand"))
+            writing: tuple[int, Future[bool]] | None = None
+
+            def written() -> bool:
+                """Whether the chunk under way got in (then the cursor stands behind it); false where another expander is ahead."""
+                nonlocal cursor, writing
+                if writing is None:
+                    return True
+                new, future = writing
+                writing = None
+                if not future.result():
+                    return False
                 if cursor == 0:
                     self.kick()
                 cursor = new
-                if end is not None and time.monotonic() > end:
+                return True
+
+            try:
+                before = cursor
+                for chunk in self._records(row["source"]["object_key"], cursor):
+                    new = record_number(chunk[-1])
+                    rows = self._chunk_rows(row, chunk, rank0)
+                    if not written():
+                        return False
+                    step = partial(self._write_chunk, batch_id, row["project_id"], rows, before, new)
+                    if ahead is None:
+                        done: Future[bool] = Future()
+                        done.set_result(step())
+                        writing = (new, done)
+                    else:
+                        writing = (new, ahead.submit(step))
+                    before = new
+                    if end is not None and time.monotonic() > end:
+                        written()
+                        return False
+                if not written():
                     return False
-        except FactoryError as error:
-            if error.retryable:
-                raise
-            told = error.to_dict()
-            self.database.run(lambda conn: batches.fail(conn, batch_id, told))
-            log.error("batch_failed", action="expand", batch=batch_id, code=error.code)
-            return True
+            except FactoryError as error:
+                if error.retryable:
+                    raise
+                told = error.to_dict()
+                self.database.run(lambda conn: batches.fail(conn, batch_id, told))
+                log.error("batch_failed", action="expand", batch=batch_id, code=error.code)
+                return True
         self.database.run(lambda conn: batches.expanded(conn, batch_id))
         self.database.run(lambda conn: lifecycle.close_batches(conn, [batch_id]))
         self.kick()
         return True
 
-    def _records(self, object_key: str, after: int) -> Iterator[list[dict[str, Any]]]:
-        chunk: list[dict[str, Any]] = []
+    def _records(self, object_key: str, after: int) -> Iterator[list[Any]]:
+        chunk: list[Any] = []
         with self.store.open(object_key) as raw, gzip.GzipFile(fileobj=raw) as stream:
             for data in stream:
-                # The running number leads nowhere else: skip what is written without parsing all of it.
-                record = json.loads(data)
-                if record["n"] <= after:
+                if after and number_of(data) <= after:
                     continue
-                chunk.append(record)
+                chunk.append(json.loads(data))
                 if len(chunk) >= EXPAND_ROWS:
                     yield chunk
                     chunk = []
         if chunk:
             yield chunk
 
-    def _write_chunk(self, batch: Any, chunk: Sequence[Mapping[str, Any]], old: int, new: int, rank0: int) -> bool:
-        batch_id, project_id = batch["id"], batch["project_id"]
+    def _chunk_rows(self, batch: Any, chunk: Sequence[Any], rank0: int) -> list[lifecycle.NewJob]:
+        batch_id, project_id, source = batch["id"], batch["project_id"], batch["source"]
+        rows: list[lifecycle.NewJob] = []
+        hard: list[tuple[int, Mapping[str, Any]]] = []
+        job_id = job_ids(batch_id)
+        usual, reuse = source.get("priority", 0), source.get("reuse", True) and self.settings.reuse_results
+        for record in chunk:
+            if isinstance(record, dict) or record[KEY] is None:
+                hard.append((len(rows), record if isinstance(record, dict) else as_dict(record, usual, source.get("reuse", True))))
+                rows.append(None)  # type: ignore[arg-type]
+                continue
+            n, custom_id, kind, params, parents, priority, seed, labels, seconds, model, share_key = record
+            spec = get_kind(kind)
+            rows.append(
+                lifecycle.NewJob(
+                    id=job_id(custom_id), project_id=project_id, batch_id=batch_id, custom_id=custom_id, line=n,
+                    rank=rank0 + min(n, 999_999), kind=kind, queue=spec.queue, params=params, share_key=share_key, seconds=seconds,
+                    seed=seed, model=model, priority=priority or usual,
+                    parents=tuple(_batch_job(batch_id, p) for p in parents), reuse=reuse and spec.cacheable, labels=labels,
+                )
+            )  # fmt: skip
+        if hard:
+            with self.database.read() as conn:
+                pins = ModelPins(conn, project_id)
+                for at, record in hard:
+                    rows[at] = self._row(conn, record, batch_id, project_id, pins, rank0)
+        return rows
+
+    def _write_chunk(self, batch_id: str, project_id: str, rows: Sequence[lifecycle.NewJob], old: int, new: int) -> bool:
+        unsure = False
 
         def work(conn: Any) -> bool:
-            pins = ModelPins(conn, project_id)
-            rows = [self._row(conn, record, batch_id, project_id, pins, rank0) for record in chunk]
+            nonlocal unsure
             if not batches.advance(conn, batch_id, old, new, len(rows)):
-                return False
-            lifecycle.insert_jobs(conn, rows)
+                # Where the answer to our own commit was lost, the one who moved the cursor was this call.
+                row = batches.get(conn, project_id, batch_id) if unsure else None
+                return row is not None and row["cursor"] == new
+            unsure = True
+            # The cursor moves in the same transaction, so nobody can have written these rows before.
+            lifecycle.insert_jobs(conn, rows, fresh=True)
             return True
 
         return self.database.run(work)
@@ -403,7 +611,7 @@ class Producer:
         return lifecycle.NewJob(
             id=job_id_for(batch_id, record["id"]), project_id=project_id, batch_id=batch_id, custom_id=record["id"],
             line=record["n"], rank=rank0 + min(record["n"], 999_999), kind=spec.name, queue=spec.queue,
-            params=parsed.model_dump(mode="json"), share_key=spec.share_key(parsed, model), seconds=_seconds(spec, parsed),
+            params=parsed.model_dump(mode="json"), share_key=spec.share_key(parsed, model), seconds=estimate(spec, parsed),
             seed=seed if seed is not None else stable_seed(record["id"], json.dumps(record["params"], sort_keys=True)),
             model=model, priority=record["priority"],
             parents=tuple(_batch_job(batch_id, p) for p in record["parents"]),
@@ -491,7 +699,7 @@ class Producer:
         return made
 
 
-RETRYABLE = (JobState.FAILED, JobState.DEAD, JobState.CANCELLED)
+RETRYABLE = UNWELL
 
 
 def _replay(conn: Any, rows: Sequence[Any], batch_id: str | None) -> list[lifecycle.NewJob]:
@@ -554,14 +762,6 @@ def _pin_datasets(conn: Any, project_id: str, params: Params) -> Params:
     if not found:
         return params
     return type(params).model_validate({**params.model_dump(mode="json"), **found})
-
-
-def _seconds(spec: Any, parsed: Params) -> float:
-    try:
-        return max(1e-6, float(spec.seconds(parsed)))
-    except Exception:
-        # An estimate that trips over a reference where it expects text must not refuse the job.
-        return 1.0
 
 
 def _batch_job(batch_id: str, name: str) -> str:

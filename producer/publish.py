@@ -1,11 +1,12 @@
 """Hints on the broker: Celery messages that carry ids, in two bands of priority per queue."""
 
-from collections.abc import Sequence
+import json
+import time
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
-import celery
 import redis
-from kombu.exceptions import KombuError
 from redis.exceptions import RedisError
 
 from contentfactory.errors import ServiceUnavailable
@@ -18,6 +19,8 @@ URGENT, ORDINARY = 0, 9
 """Redis priorities: 0 leaves first. Interactive jobs overtake the minute of bulk work that waits in the broker."""
 
 _SEPARATOR = "\x06\x16"
+ENDED = "factory.ended"
+"""Channel on which workers name interactive jobs that have ended. A hint, as everything on the broker: the ledger says how they ended."""
 
 
 def celery_options() -> dict[str, Any]:
@@ -55,38 +58,58 @@ class Publisher:
     """
 
     def __init__(self, settings: Settings) -> None:
-        self._app = celery.Celery("factory", broker=settings.broker(), set_as_current=False)
-        self._app.conf.update(celery_options())
         url = settings.redis()
         tcp = {} if url.startswith("unix:") else {"socket_keepalive": True}
         self._redis = redis.Redis.from_url(url, socket_timeout=15, socket_connect_timeout=5, **tcp)
+        # Where kombu publishes events: a channel of the broker's database, of the exchange, of the routing key.
+        self._events = f"/{self._redis.connection_pool.connection_kwargs.get('db') or 0}.celeryev/task.sent"
 
     def send(self, hints: Sequence[Hint]) -> list[Hint]:
-        """Publish micro-batches.
+        """Publish micro-batches: all of them in one round trip, as messages that Celery itself would have written.
 
         Returns:
             Those that could not be published; put their jobs back.
         """
         if not hints:
             return []
-        sent = 0
         try:
-            with self._app.producer_or_acquire() as producer:
+            with self._redis.pipeline(transaction=False) as pipe:
+                messages = []
                 for hint in hints:
-                    self._app.send_task(
-                        hint.kind,
-                        args=[list(hint.ids)],
-                        queue=hint.queue,
-                        priority=URGENT if hint.priority >= Priority.INTERACTIVE else ORDINARY,
-                        headers={"dispatched_at": hint.dispatched_at},
-                        producer=producer,
-                        ignore_result=True,
-                        retry=False,
-                    )
-                    sent += 1
-        except (KombuError, RedisError, OSError):
-            return list(hints[sent:])
-        return []
+                    priority = URGENT if hint.priority >= Priority.INTERACTIVE else ORDINARY
+                    messages.append(transport.hint_message(hint.kind, hint.ids, hint.queue, priority, hint.dispatched_at))
+                    pipe.lpush(self._key(hint.queue, priority), json.dumps(messages[-1]))
+                for message in messages:
+                    # From this event Flower learns the message's queue.
+                    pipe.publish(self._events, json.dumps(transport.sent_event(message)))
+                answers = pipe.execute(raise_on_error=False)
+        except (RedisError, OSError):
+            # Some may have arrived: their jobs are put back all the same, and a hint too many does no harm.
+            return list(hints)
+        return [hint for hint, answer in zip(hints, answers, strict=False) if isinstance(answer, Exception)]
+
+    def ended(self, job_ids: Sequence[str]) -> None:
+        """Tell whoever waits for these jobs that they have ended; see `listen`."""
+        try:
+            self._redis.publish(ENDED, " ".join(job_ids))
+        except (RedisError, OSError):
+            return  # they look at the ledger now and then
+
+    @contextmanager
+    def listen(self, job_ids: Collection[str]) -> Iterator["Listener | None"]:
+        """Hear of the end of these jobs while the block lasts; None where the broker does not answer."""
+        pubsub: Any = self._redis.pubsub()  # type: ignore[no-untyped-call]
+        try:
+            try:
+                pubsub.subscribe(ENDED)
+                pubsub.get_message(timeout=1.0)  # from here on nothing is missed
+                listener: Listener | None = Listener(pubsub, frozenset(job_ids))
+            except (RedisError, OSError):
+                listener = None
+            yield listener
+        finally:
+            with suppress(RedisError, OSError):
+                pubsub.close()
 
     def waiting(self, queue: str) -> int:
         """Messages that wait on a queue."""
@@ -135,9 +158,34 @@ class Publisher:
 
     def close(self) -> None:
         """Close every connection."""
-        self._app.close()
         self._redis.close()
 
     @staticmethod
-    def _keys(queue: str) -> list[str]:
-        return [queue, f"{queue}{_SEPARATOR}{ORDINARY}"]
+    def _key(queue: str, priority: int) -> str:
+        return queue if priority == URGENT else f"{queue}{_SEPARATOR}{priority}"
+
+    @classmethod
+    def _keys(cls, queue: str) -> list[str]:
+        return [cls._key(queue, priority) for priority in (URGENT, ORDINARY)]
+
+
+class Listener:
+    """Hears of jobs that ended."""
+
+    def __init__(self, pubsub: Any, wanted: frozenset[str]) -> None:
+        self._pubsub = pubsub
+        self._wanted = wanted
+
+    def wait(self, timeout_s: float) -> bool:
+        """Whether one of the jobs ended within so many seconds."""
+        end = time.monotonic() + timeout_s
+        while (left := end - time.monotonic()) > 0:
+            try:
+                message = self._pubsub.get_message(timeout=left)
+            except (RedisError, OSError):
+                time.sleep(max(0.0, end - time.monotonic()))
+                return False
+            data = message.get("data") if message else None
+            if isinstance(data, bytes) and not self._wanted.isdisjoint(data.decode("ascii", "replace").split()):
+                return True
+        return False

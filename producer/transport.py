@@ -14,8 +14,11 @@ import base64
 import binascii
 import hashlib
 import json
+import os
+import socket
 import time
 import uuid
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -52,6 +55,9 @@ REASONS = (
     "command", "event", "unknown_channel", "key_type", "refused",
 )  # fmt: skip
 """Why an item was refused; also the values of the metric's label."""
+
+
+_HOST = f"dispatcher@{socket.gethostname()}"
 
 
 class Malformed(Exception):
@@ -262,16 +268,44 @@ def read_hint(raw: bytes, queue: str) -> dict[str, Any]:
     if kwargs:
         raise Malformed("args")
     (ids,) = _parsed(_ARGS, json.dumps(args).encode(), "args")
+    return hint_message(headers.task, ids, queue, envelope.properties.priority, headers.dispatched_at, headers.id)
+
+
+def hint_message(
+    kind: str, ids: Sequence[str], queue: str, priority: int, dispatched_at: float, message_id: str | None = None
+) -> dict[str, Any]:
+    """A micro-batch as a message of Celery's (protocol 2) in kombu's form, byte for byte what Celery would send.
+
+    Args:
+        kind: Kind of job, which is the task's name.
+        ids: Jobs.
+        queue: Queue.
+        priority: Redis priority.
+        dispatched_at: The ledger's time of dispatch.
+        message_id: Id of the message; a new one where left out.
+    """
+    message_id = message_id or str(uuid.uuid4())
     shown = ", ".join(ids[:3]) + (f" and {len(ids) - 3} more" if len(ids) > 3 else "")
     made = {
-        "lang": "py", "task": headers.task, "id": headers.id, "root_id": headers.id, "parent_id": None, "group": None,
+        "lang": "py", "task": kind, "id": message_id, "root_id": message_id, "parent_id": None, "group": None,
         "meth": None, "shadow": None, "eta": None, "expires": None, "retries": 0, "timelimit": [None, None], "argsrepr": shown,
-        "kwargsrepr": "{}", "origin": None, "ignore_result": True, "dispatched_at": headers.dispatched_at,
+        "kwargsrepr": "{}", "origin": None, "ignore_result": True, "dispatched_at": dispatched_at,
     }  # fmt: skip
     embed = {"callbacks": None, "errbacks": None, "chain": None, "chord": None}
-    message = _message([[ids], {}, embed], made, "", queue, envelope.properties.priority)
-    message["properties"].update(correlation_id=headers.id, reply_to="")
+    message = _message([[list(ids)], {}, embed], made, "", queue, priority)
+    message["properties"].update(correlation_id=message_id, reply_to="")
     return message
+
+
+def sent_event(message: Mapping[str, Any]) -> dict[str, Any]:
+    """The event ``task-sent`` of a message of `hint_message`, as Celery's sender would publish it."""
+    headers, queue = message["headers"], message["properties"]["delivery_info"]["routing_key"]
+    event = {
+        "type": "task-sent", "uuid": headers["id"], "root_id": headers["id"], "parent_id": None, "name": headers["task"],
+        "args": headers["argsrepr"], "kwargs": "{}", "retries": 0, "eta": None, "expires": None, "queue": queue, "exchange": "",
+        "routing_key": queue, "hostname": _HOST, "utcoffset": time.timezone // 3600, "pid": os.getpid(), "clock": 0, "timestamp": time.time(),
+    }  # fmt: skip
+    return _message(event, {"hostname": _HOST}, "celeryev", "task.sent")
 
 
 def read_control(raw: bytes, channel: str) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from contentfactory.errors import (
 )
 from contentfactory.jobs.spec import KindSpec, OutputRef, get_kind, put_at
 from contentfactory.settings import Settings
-from contentfactory.states import JobState
+from contentfactory.states import JobState, Priority
 from db import jobs, lifecycle, retention
 from db.lifecycle import Claimed, NewArtifact, Stop, Success
 from db.session import Database
@@ -55,6 +55,8 @@ _LOCAL_FAULTS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EMFILE
 KEEP_CHECKPOINTS = 2
 COMMIT_PATIENCE_S = 900.0
 """How long finished work waits for a ledger that is away, seconds; a worker that is told to stop waits no longer."""
+INSTANT_BYTES = 65_536
+"""Outputs up to this size are looked up among those that were just stored before they are put."""
 PENDING_GROUPS = 2
 """Micro-batches that may be encoded, uploaded and committed while the next one computes."""
 
@@ -77,6 +79,16 @@ def pick_device(wanted: str) -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+@dataclass(frozen=True)
+class _Stored:
+    """The artifact of an output whose bytes lay in the store already: nothing to wait for."""
+
+    artifact: NewArtifact
+
+    def result(self) -> NewArtifact:
+        return self.artifact
+
+
 @dataclass(eq=False)
 class _Member:
     """One job of a micro-batch on its way through the worker."""
@@ -84,7 +96,7 @@ class _Member:
     claimed: Claimed
     resolved: Resolved | None = None
     result_key: str | None = None
-    outputs: list[tuple[Output, "Future[NewArtifact]"]] = field(default_factory=list)
+    outputs: list[tuple[Output, "Future[NewArtifact] | _Stored"]] = field(default_factory=list)
     models: list[NewModel] = field(default_factory=list)
     followers: list["_Member"] = field(default_factory=list)
     error: FactoryError | None = None
@@ -137,6 +149,10 @@ class Executor:
         self._draining = False
         self._models: dict[str, ResolvedModel] = {}
         self._flying: set[str] = set()
+        # Objects that this process put a moment ago, with the time: equal outputs (an empty text, a silence) are put once. The
+        # sweep takes nothing that is younger than its window, so a fraction of that is safe.
+        self._put: dict[tuple[str, str, str], tuple[str, float]] = {}
+        self._put_s = min(60.0, settings.sweep_window_s / 4)
 
     @property
     def device(self) -> str:
@@ -317,7 +333,7 @@ class Executor:
                 elif isinstance(item, NewModel):
                     member.models.append(item)
                 else:
-                    member.outputs.append((item, self.uploads.submit(self._upload, member.claimed, item, member.resolved)))
+                    member.outputs.append((item, self._begin_upload(member, item)))
         except Exception as error:
             problem = classify(error)
             if problem.error_class == "resource":
@@ -462,6 +478,15 @@ class Executor:
 
     # --- after the runner ---
 
+    def _begin_upload(self, member: _Member, output: Output) -> "Future[NewArtifact] | _Stored":
+        data = output.data
+        if isinstance(data, bytes) and len(data) <= INSTANT_BYTES:
+            sha256 = hashlib.sha256(data).hexdigest()
+            key, at = self._put.get((member.claimed.project_id, sha256, output.media_type), ("", -1e9))
+            if time.monotonic() - at < self._put_s:
+                return _Stored(_artifact(member.claimed, output, member.resolved, key, sha256, len(data), "output"))
+        return self.uploads.submit(self._upload, member.claimed, output, member.resolved)
+
     def _upload(self, claimed: Claimed, output: Output, resolved: Resolved | None, role: str = "output") -> NewArtifact:
         """Encode and store one output; returns its row. Runs in an upload thread."""
         data = output.data() if callable(output.data) else output.data
@@ -472,6 +497,7 @@ class Executor:
         else:
             sha256, size = hashlib.sha256(data).hexdigest(), len(data)
         key = artifact_key(claimed.project_id, sha256, suffix_for(output.media_type))
+        began = time.monotonic()
         for left in reversed(range(3)):
             try:
                 self.store.put(key, data, media_type=output.media_type, sha256=sha256, size=size)
@@ -481,10 +507,11 @@ class Executor:
                     raise
                 time.sleep(0.2 * (3 - left))
         failpoints.reached(failpoints.AFTER_PUT)
-        parents = resolved.parents if resolved else ()
-        return NewArtifact(
-            output.name, key, sha256, size, output.media_type, role, dict(output.meta), claimed.seed, claimed.model, parents
-        )
+        if size <= INSTANT_BYTES:
+            if len(self._put) > 1000:
+                self._put.clear()
+            self._put[(claimed.project_id, sha256, output.media_type)] = (key, began)
+        return _artifact(claimed, output, resolved, key, sha256, size, role)
 
     def _finish(self, spec: KindSpec, members: Sequence[_Member], reused: Mapping[_Member, Success], scratch: Path,
                 phases: dict[str, float], started: float) -> None:  # fmt: skip
@@ -514,7 +541,13 @@ class Executor:
             failpoints.reached(failpoints.AFTER_COMMIT)
             if self.tracer:
                 self._trace(spec, members, phases, begun - started, {**stopped, **dict.fromkeys(done, JobState.SUCCEEDED)})
+            waited_for = [m.claimed.id for m in members if m.claimed.priority >= Priority.INTERACTIVE]
+            if waited_for:
+                self.dispatcher.publisher.ended(waited_for)
             batch_ids = {m.claimed.batch_id for m in members if m.claimed.batch_id}
+            if batch_ids:
+                with self.database.read() as conn:
+                    batch_ids = lifecycle.all_ended(conn, batch_ids)
             if batch_ids:
                 self.database.run(lambda conn: lifecycle.close_batches(conn, batch_ids))
             log.info(
@@ -539,7 +572,7 @@ class Executor:
             self._slots.release()
             shutil.rmtree(scratch, ignore_errors=True)
         try:
-            self.dispatcher.dispatch()
+            self.dispatcher.dispatch(top_up=True)
         except ServiceUnavailable:
             pass  # the timer will
 
@@ -614,6 +647,11 @@ class Executor:
         confined.close()
         self.dispatcher.publisher.close()
         self.database.close()
+
+
+def _artifact(claimed: Claimed, output: Output, resolved: Resolved | None, key: str, sha256: str, size: int, role: str) -> NewArtifact:
+    parents = resolved.parents if resolved else ()
+    return NewArtifact(output.name, key, sha256, size, output.media_type, role, output.meta, claimed.seed, claimed.model, parents)
 
 
 def _published_role(name: str) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 from sqlalchemy import RowMapping
 
 from contentfactory.errors import FactoryError, InputError
-from contentfactory.jobs.spec import OutputRef, Params, iter_inputs, put_at
+from contentfactory.jobs.spec import OutputRef, Params, iter_inputs, iter_refs, put_at, takes_media
 from contentfactory.settings import Settings
 from db import jobs
 from db.lifecycle import Claimed
@@ -73,6 +73,8 @@ class Inputs:
         found: dict[str, RowMapping] = {}
         digest: dict[str, str] = {}
         texts: dict[str, str] = {}
+        if not takes_media(type(params)) and not (any(type(v) in (dict, list) for v in job.params.values()) and any(iter_refs(params))):
+            return Resolved(params, found, (), digest)
         with self.database.read() as conn:
             for field, modality, value in iter_inputs(params):
                 if isinstance(value, OutputRef):

@@ -5,6 +5,7 @@ limits, units and help. Values that may come out of another job or out of a file
 `AudioInput`, `VideoInput` or `AnyInput`: they take a literal, an address, or an `OutputRef`.
 """
 
+import functools
 import hashlib
 import importlib
 import json
@@ -363,6 +364,22 @@ def iter_inputs(value: Any, path: str = "") -> Iterator[tuple[str, Literal["text
                 yield at, "text" if isinstance(mark, TextMarker) else mark.modality, one
 
 
+@functools.cache
+def takes_media(params: type[Params]) -> bool:
+    """Whether a kind's params have a field for a file (picture, sound, video, data set), at whatever depth."""
+
+    def inside(annotation: Any) -> bool:
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            return annotation is not OutputRef and takes_media(annotation)
+        return any(isinstance(m, Media) for m in getattr(annotation, "__metadata__", ())) or any(
+            inside(arg) for arg in getattr(annotation, "__args__", ())
+        )
+
+    return any(
+        any(isinstance(m, Media) for m in info.metadata) or inside(info.annotation) for info in params.model_fields.values()
+    )
+
+
 def put_at(data: Any, path: str, value: Any) -> None:
     """Put a value at a dotted path inside JSON values, as `iter_inputs` names it."""
     *way, last = path.split(".")
@@ -387,5 +404,5 @@ def canonical(params: Params) -> str:
 __all__ = [
     "MAX_TEXT", "QUEUES", "AnyInput", "AudioInput", "ImageInput", "KindSpec", "LanguageTag", "Media", "ModelName",
     "OutputRef", "Params", "RetryPolicy", "Text", "VideoInput", "canonical", "describe_errors",
-    "get_kind", "iter_inputs", "iter_refs", "kind", "load_kinds", "put_at",
+    "get_kind", "iter_inputs", "iter_refs", "kind", "load_kinds", "put_at", "takes_media",
 ]  # fmt: skip

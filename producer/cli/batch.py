@@ -298,7 +298,7 @@ def run(
     with factory() as f:
         # Mistakes are told before anything is started.
         opened = _open(manifest, kind, sets, limit)
-        report = f.producer.plan(opened)
+        report = f.producer.plan(opened, spool=True)
         report.raise_for_errors(shown=1000)
         with start(f, flower=flower, quiet=as_json) as up:
             batch_id = _accept(f, manifest, kind, sets, limit, name, priority, reuse, not as_json, report)

@@ -211,6 +211,7 @@ class Report:
         files: Distinct local files to upload.
         file_bytes: Their size together, bytes.
         dependencies: Edges between jobs.
+        spool: What was checked, written down (`producer.spool.Spool`), where the caller asked for it.
     """
 
     jobs: int = 0
@@ -222,6 +223,7 @@ class Report:
     files: int = 0
     file_bytes: int = 0
     dependencies: int = 0
+    spool: Any = field(default=None, compare=False, repr=False)
 
     @property
     def ok(self) -> bool:

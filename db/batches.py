@@ -39,10 +39,12 @@ def get(conn: Connection, project_id: str, batch_id: str) -> RowMapping | None:
 
 
 def find_open(conn: Connection, project_id: str, digest: str) -> str | None:
-    """The newest unfinished batch made from the same source."""
+    """The newest unfinished batch made from the same source; one that is being cancelled is not gone on with."""
     query = (
         select(Batch.id)
-        .where(Batch.project_id == project_id, Batch.source_digest == digest, Batch.finished_at.is_(None))
+        .where(
+            Batch.project_id == project_id, Batch.source_digest == digest, Batch.finished_at.is_(None), Batch.state != BatchState.CANCELLING
+        )
         .order_by(Batch.id.desc())
         .limit(1)
     )
@@ -63,14 +65,21 @@ def ids_in(conn: Connection, state: BatchState) -> list[str]:
     return list(conn.execute(query).scalars())
 
 
-def advance(conn: Connection, batch_id: str, old: int, new: int, jobs: int) -> bool:
-    """Move the expander's cursor; False if somebody else has moved it (then roll back: they wrote those rows)."""
+def advance(conn: Connection, batch_id: str, old: int, new: int, jobs: int) -> BatchState | None:
+    """Move the expander's cursor.
+
+    Returns:
+        The batch's state, under a lock until the transaction ends: ``expanding``, or ``cancelling``, and then the rows are to be
+        cancelled at once. None if somebody else has moved the cursor (then write nothing: they wrote those rows).
+    """
     statement = (
         update(Batch)
-        .where(Batch.id == batch_id, Batch.cursor == old, Batch.state == BatchState.EXPANDING)
+        .where(Batch.id == batch_id, Batch.cursor == old, Batch.state.in_((BatchState.EXPANDING, BatchState.CANCELLING)))
         .values(cursor=new, total=Batch.total + jobs)
+        .returning(Batch.state)
     )
-    return conn.execute(statement).rowcount == 1
+    state = conn.execute(statement).scalar()
+    return BatchState(state) if state else None
 
 
 def expanded(conn: Connection, batch_id: str) -> bool:

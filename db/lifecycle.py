@@ -1063,13 +1063,15 @@ def close_batches(conn: Connection, batch_ids: Iterable[str] | None = None) -> l
     Returns:
         Ids of the batches that this call finished.
     """
-    query = select(Batch.id, Batch.project_id, Batch.state, Batch.total).where(
+    query = select(Batch.id, Batch.project_id, Batch.state, Batch.total, Batch.cursor, Batch.source).where(
         Batch.finished_at.is_(None), Batch.state.in_((BatchState.RUNNING, BatchState.CANCELLING))
     )
     if batch_ids is not None:
         query = query.where(Batch.id.in_(list(batch_ids)))
     closed = []
     for row in conn.execute(query).all():
+        if row.cursor < row.source.get("jobs", 0):
+            continue  # cancelled while it was expanding: the lines that are no rows yet have been accepted too
         per_kind = counts(conn, row.id)
         if _ended_jobs(per_kind) < row.total:
             continue
@@ -1119,7 +1121,7 @@ def cancel_batch(conn: Connection, batch_id: str, limit: int = 2000) -> int:
     """Cancel up to ``limit`` waiting jobs of a batch and ask its running ones to stop.
 
     The batch turns ``cancelling`` at once, which keeps every one of its jobs from being claimed; the timer calls this
-    again until nothing waits.
+    again until nothing waits. Lines that are no rows yet become cancelled rows: the expander goes on.
 
     Returns:
         Jobs that still wait.

@@ -41,6 +41,8 @@ QUARANTINE = "factory.quarantine"
 """List of what was taken out, newest first; keys of a wrong type are renamed to this and their old name."""
 QUARANTINED = "factory.quarantined"
 """Hash of counts by reason."""
+READ_S = 5.0
+"""Longest wait for the rest of a published message, seconds."""
 KEEP = 1000
 KEEP_BYTES = 4096
 COMMANDS = frozenset({
@@ -340,12 +342,37 @@ def read_control(raw: bytes, channel: str) -> dict[str, Any]:
 # --- the transport ---
 
 
+class _Subscriber(redis.client.PubSub):
+    """A subscription whose broken connection is an error.
+
+    The broker hangs up on a subscriber to whom more is sent than it wants to keep (32 MB). By itself this class would then connect
+    anew and wait, without a limit and in the worker's main loop, for a message that may never come; Celery has it done in order.
+    """
+
+    def _execute(self, conn: Any, command: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return command(*args, **kwargs)
+        except (redis.ConnectionError, redis.TimeoutError):
+            conn.disconnect()
+            raise
+
+    def parse_response(self, block: bool = True, timeout: float = 0) -> Any:
+        """As the parent does for a message that has begun to arrive: whoever calls this saw that the socket is readable."""
+        if self.connection is None or not self.connection.is_connected:
+            raise redis.ConnectionError("the broker closed the subscription")
+        return super().parse_response(block=False, timeout=READ_S)
+
+
 class _Client(redis.Redis):
-    """A client whose blocking pop gives out checked items only."""
+    """A client whose blocking pop gives out checked items only, and whose subscriptions do not wait."""
 
     def __init__(self, *args: Any, channel: "_Checks", **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._channel = channel
+
+    def pubsub(self, **kwargs: Any) -> _Subscriber:
+        """A subscription."""
+        return _Subscriber(self.connection_pool, **kwargs)
 
     def parse_response(self, connection: Any, command_name: Any, **options: Any) -> Any:
         """As the parent does; None, as when nothing waits, where what was popped is no message."""

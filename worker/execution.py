@@ -42,6 +42,7 @@ from producer.tracing import Attempted, open_tracer
 from storage.keys import artifact_key, suffix_for
 from worker import confined, failpoints
 from worker.context import Failure, InputFile, JobContext, NewModel, Output
+from worker.drain import drain_file
 from worker.engines.files import ResolvedModel, locate
 from worker.inputs import Inputs, Resolved
 from worker.keeper import Keeper
@@ -59,11 +60,6 @@ INSTANT_BYTES = 65_536
 """Outputs up to this size are looked up among those that were just stored before they are put."""
 PENDING_GROUPS = 2
 """Micro-batches that may be encoded, uploaded and committed while the next one computes."""
-
-
-def drain_file(settings: Settings) -> Path:
-    """The file that says 'give resumable work back', made by the worker's parent when it is told to stop."""
-    return settings.run_dir / f"drain-{os.environ.get('FACTORY_WORKER_NAME', socket.gethostname())}"
 
 
 def pick_device(wanted: str) -> str:
@@ -149,6 +145,7 @@ class Executor:
         self._draining = False
         self._models: dict[str, ResolvedModel] = {}
         self._flying: set[str] = set()
+        self._uncleared: list[Path] = []
         # Objects that this process put a moment ago, with the time: equal outputs (an empty text, a silence) are put once. The
         # sweep takes nothing that is younger than its window, so a fraction of that is safe.
         self._put: dict[tuple[str, str, str], tuple[str, float]] = {}
@@ -240,7 +237,7 @@ class Executor:
                 self.keeper.models(self.cache.keys)
         except BaseException:
             self._slots.release()
-            shutil.rmtree(scratch, ignore_errors=True)
+            self._clear(scratch)
             if self.keeper:
                 self.keeper.drop(keys)  # the leases run out and somebody else takes over
             self._flying.difference_update(i for i, _ in keys)
@@ -249,6 +246,14 @@ class Executor:
         finished = self.finishers.submit(self._finish, spec, members, reused, scratch, phases, started)
         if alone:
             wait([finished])
+
+    def _clear(self, scratch: Path) -> None:
+        """Remove a scratch folder, and those that could not be removed before: that takes handles, and there may be none left."""
+        left, self._uncleared = [*self._uncleared, scratch], []
+        for folder in left:
+            shutil.rmtree(folder, ignore_errors=True)
+            if folder.exists():
+                self._uncleared.append(folder)
 
     # --- before the runner ---
 
@@ -329,7 +334,7 @@ class Executor:
             for item in runner(params, context):
                 member = members[item.job]
                 if isinstance(item, Failure):
-                    member.error = item.error
+                    member.error = classify(item.error)
                 elif isinstance(item, NewModel):
                     member.models.append(item)
                 else:
@@ -570,7 +575,7 @@ class Executor:
                 self.keeper.drop(keys)
             self._flying.difference_update(i for i, _ in keys)
             self._slots.release()
-            shutil.rmtree(scratch, ignore_errors=True)
+            self._clear(scratch)
         try:
             self.dispatcher.dispatch(top_up=True)
         except ServiceUnavailable:
@@ -674,7 +679,17 @@ def _without_refs(resolved: Resolved) -> dict[str, Any]:
 
 
 def classify(error: BaseException) -> FactoryError:
-    """Any exception as one of ours; its class decides what happens to the job."""
+    """Any exception as one of ours; its class decides what happens to the job.
+
+    The exception loses its traceback and what it was raised from: these hold the frames it passed through, with their pictures and
+    tensors and with the very members that keep the error, a cycle that the collector finds hundreds of failed jobs later.
+    """
+    problem = _classified(error)
+    error.__traceback__ = error.__context__ = error.__cause__ = None
+    return problem
+
+
+def _classified(error: BaseException) -> FactoryError:
     if isinstance(error, FactoryError):
         if error.error_class == "service":  # the ledger or the store is away: never the job's fault
             return TransientError(error.message, code=error.code)

@@ -2,7 +2,9 @@
 
 import hashlib
 import random
+import statistics
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from typing import Any
 
 from sqlalchemy import text
@@ -12,6 +14,10 @@ from contentfactory.states import TERMINAL, TRANSITIONS, JobState
 from db.session import Database
 
 CONTENT_SAMPLE = 400
+WARM_SHARE = 0.25
+"""Share of the jobs after which a process is warm: libraries, fonts and caches come in with the first ones."""
+MB_PER_1000, HANDLES_PER_1000 = 12.0, 4.0
+"""Steepest growth of one process over 1,000 jobs of the fleet. A picture kept for each failed job would be 3,000 MB."""
 
 
 def ledger(database: Database) -> dict[str, list[Any]]:
@@ -153,6 +159,62 @@ def check_store(data: dict[str, list[Any]], store: Any, accepted: dict[str, str]
     return out
 
 
+LARGE = {
+    "jobs": "SELECT count(*) FROM jobs WHERE batch_id = :b",
+    "rows_named": "SELECT count(DISTINCT custom_id) FROM jobs WHERE batch_id = :b AND custom_id ~ '^r[0-9]+$' AND substr(custom_id, 2)::bigint < :n",
+    "succeeded": "SELECT count(*) FROM jobs WHERE batch_id = :b AND state = 'succeeded'",
+    "jobs_of_others": "SELECT count(*) FROM jobs WHERE batch_id IS DISTINCT FROM :b",
+    "attempts": "SELECT count(*) FROM attempts",
+    "attempts_open": "SELECT count(*) FROM attempts WHERE finished_at IS NULL",
+    "attempts_succeeded": "SELECT count(*) FROM attempts a JOIN jobs j ON j.id = a.job_id AND j.attempt = a.attempt WHERE a.outcome = 'succeeded'",
+    "attempts_succeeded_in_all": "SELECT count(*) FROM attempts WHERE outcome = 'succeeded'",
+    "jobs_tried_again": "SELECT count(*) FROM jobs WHERE attempt > 1",
+    "outputs": "SELECT count(*) FROM artifacts WHERE role = 'output'",
+    "outputs_of_their_job": "SELECT count(*) FROM artifacts a JOIN jobs j ON j.id = a.job_id AND j.attempt = a.attempt WHERE a.role = 'output' "
+    "AND a.sha256 = encode(sha256(convert_to('row ' || substr(j.custom_id, 2), 'UTF8')), 'hex')",
+    "counted_total": "SELECT coalesce(sum(n), 0) FROM (SELECT * FROM batch_counts UNION ALL SELECT batch_id, kind, state, n FROM batch_deltas) c WHERE state = 'total'",
+    "counted_succeeded": "SELECT coalesce(sum(n), 0) FROM (SELECT * FROM batch_counts UNION ALL SELECT batch_id, kind, state, n FROM batch_deltas) c WHERE state = 'succeeded'",
+    "counted_else": "SELECT coalesce(sum(n), 0) FROM (SELECT * FROM batch_counts UNION ALL SELECT batch_id, kind, state, n FROM batch_deltas) c WHERE state NOT IN ('total', 'succeeded')",
+    "batch_total": "SELECT total FROM batches WHERE id = :b",
+    "times_finished": "SELECT count(*) FROM events WHERE batch_id = :b AND type = 'batch.completed'",
+}
+"""What a batch of any size is judged by, each a count in the database: rows r0 to rN-1 of ``text.echo``, whose output is known."""
+
+
+def check_large(database: Database, batch_id: str, n: int) -> tuple[list[str], dict[str, int]]:
+    """Violations of I1, I2, I3, I12 in a large batch, and the counts."""
+    with database.read() as conn:
+        found = {name: int(conn.execute(text(query), {"b": batch_id, "n": n} if ":n" in query else {"b": batch_id} if ":b" in query else {}).scalar() or 0)
+                 for name, query in LARGE.items()}  # fmt: skip
+    wanted = dict.fromkeys(("jobs", "rows_named", "succeeded", "attempts_succeeded", "attempts_succeeded_in_all", "outputs", "outputs_of_their_job",
+                            "counted_total", "counted_succeeded", "batch_total"), n)  # fmt: skip
+    wanted |= {"jobs_of_others": 0, "attempts_open": 0, "counted_else": 0, "times_finished": 1}
+    names = {"counted": "I12", "batch": "I12", "times": "I12", "attempts": "I3", "outputs": "I3"}
+    return [
+        f"{names.get(name.partition('_')[0], 'I1')}: {name} is {found[name]:,} and had to be {value:,}" for name, value in wanted.items() if found[name] != value
+    ], found
+
+
+def check_large_store(database: Database, store: Any, n: int, rng: random.Random) -> list[str]:
+    """I5 for a large batch: each output's object exists with its size, and a sample holds what its row asked for."""
+    out: list[str] = []
+    held = {o.key: o.size for o in store.list()}
+    lost, sample = 0, []
+    with database.read() as conn:
+        query = "SELECT a.object_key, a.size, j.custom_id FROM artifacts a JOIN jobs j ON j.id = a.job_id WHERE a.role = 'output'"
+        rows = conn.execution_options(stream_results=True, yield_per=20_000).execute(text(query))
+        for row in rows:
+            lost += held.get(row.object_key) != row.size
+            if rng.random() < CONTENT_SAMPLE / max(1, n):
+                sample.append((row.object_key, row.custom_id))
+    if lost:
+        out.append(f"I5: {lost:,} outputs have no object of their size")
+    for key, name in sample:
+        if store.get(key).decode() != f"row {name[1:]}":
+            out.append(f"I5: {key} does not hold what {name} asked for")
+    return out
+
+
 def check_rescues(data: dict[str, list[Any]], victims: dict[str, list[float]], *, bound_s: float) -> list[str]:
     """I7: work of a dead worker goes back in time. I8: nobody else's work is taken away.
 
@@ -191,3 +253,52 @@ def recoveries(data: dict[str, list[Any]], victims: dict[str, list[float]]) -> l
 def struck(victims: dict[str, list[float]], worker: str) -> list[float]:
     """Times at which something was done to a worker's child, known by the process number in its id."""
     return victims.get(worker.rsplit("/", 1)[-1].partition("-")[0], [])
+
+
+def growth(samples: Sequence[dict[str, float]], name: str) -> tuple[float, float, int] | None:
+    """How a process grew once it was warm: (per 1,000 jobs, altogether, jobs done meanwhile); None where too little was seen.
+
+    The slope is the median over all pairs of samples (Theil and Sen), which a single step of the allocator does not move.
+
+    Args:
+        samples: ``done`` (jobs of the fleet that had ended) and values, in order of time.
+        name: Which value.
+    """
+    if len(samples) < 8:
+        return None
+    first, last = samples[0]["done"], samples[-1]["done"]
+    warm = [s for s in samples if s["done"] >= first + WARM_SHARE * (last - first)]
+    if len(warm) < 6 or warm[-1]["done"] - warm[0]["done"] < 500:
+        return None
+    warm = warm[:: max(1, len(warm) // 150)]
+    pairs = [(b["done"] - a["done"], b[name] - a[name]) for n, a in enumerate(warm) for b in warm[n + 1 :] if b["done"] > a["done"]]
+    third = max(1, len(warm) // 3)
+    whole = statistics.median(s[name] for s in warm[-third:]) - statistics.median(s[name] for s in warm[:third])
+    return 1000 * statistics.median(dy / dx for dx, dy in pairs), whole, int(warm[-1]["done"] - warm[0]["done"])
+
+
+def check_growth(resources: dict[tuple[str, int], list[dict[str, float]]]) -> tuple[list[str], dict[str, Any]]:
+    """I20 over every process that lived through 500 jobs or more after it was warm.
+
+    Args:
+        resources: (what it is, process) → samples.
+
+    Returns:
+        Violations, and the steepest growth of each sort of process with its largest size.
+    """
+    out: list[str] = []
+    notes: dict[str, Any] = {}
+    for (what, pid), samples in resources.items():
+        note = notes.setdefault(what, {"mb_max": 0})
+        note["mb_max"] = max(note["mb_max"], round(max(s["rss"] for s in samples)))
+        for name, unit, slope_most, whole_most in (("rss", "MB", MB_PER_1000, 16.0), ("fds", "handles", HANDLES_PER_1000, 8.0)):
+            found = growth(samples, name)
+            if found is None:
+                continue
+            slope, whole, jobs = found
+            key = f"{unit}_per_1000"
+            note[key] = max(note.get(key, -1e9), round(slope, 2))
+            note["over_jobs"] = max(note.get("over_jobs", 0), jobs)
+            if slope > slope_most and whole > whole_most:
+                out.append(f"I20: {what} {pid} grew by {slope:.1f} {unit} a thousand jobs, {whole:.0f} {unit} over {jobs} jobs")
+    return out, notes

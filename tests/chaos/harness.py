@@ -6,6 +6,7 @@
 
 import contextlib
 import json
+import math
 import os
 import random
 import shutil
@@ -16,6 +17,8 @@ import sys
 import tempfile
 import threading
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -69,14 +72,48 @@ CREATE TRIGGER chaos_audit AFTER UPDATE ON jobs FOR EACH ROW
 class Services:
     """PostgreSQL, Valkey and an S3 server for one run of the harness."""
 
-    def __init__(self) -> None:
-        self.folder = Path(tempfile.mkdtemp(prefix="factory-chaos-"))
+    def __init__(self, keep: Path | None = None) -> None:
+        self.keep = keep is not None
+        if keep is not None and (keep / "services.json").exists():
+            self._start_again(keep)
+            return
+        if keep is None:
+            self.folder = Path(tempfile.mkdtemp(prefix="factory-chaos-"))
+        else:
+            self.folder = keep
+            keep.mkdir(parents=True)
         self.folder.chmod(0o755)
         for name in ("postgres", "broker", "s3"):
             (self.folder / name).mkdir()
         self.postgres, self.database_url = services.start_postgres(self.folder / "postgres")
         self.broker, self.broker_url = services.start_valkey(self.folder / "broker")
         self.s3 = services.start_s3(self.folder / "s3")
+        if self.keep:
+            s3 = {name: getattr(self.s3, name) for name in ("endpoint", "bucket", "access_key", "secret_key")}
+            told = {"database": self.database_url, "broker": self.broker_url, "s3": s3}
+            told |= {"of": {name: vars(one) | {"leash": None} for name, one in (("postgres", self.postgres), ("broker", self.broker), ("s3", self.s3.service))}}
+            (self.folder / "services.json").write_text(json.dumps(told, default=str))
+
+    def _start_again(self, folder: Path) -> None:
+        """Start the servers of a kept folder on their old ports, with their data."""
+        self.folder = folder
+        told = json.loads((folder / "services.json").read_text())
+
+        def service(name: str) -> services.Service:
+            values = {**told["of"][name], "leash": None, "folder": Path(told["of"][name]["folder"])}
+            return services.Service(**{**values, "stop_signal": signal.Signals(int(values["stop_signal"]))})
+
+        self.postgres, self.database_url, self.broker_url = service("postgres"), told["database"], told["broker"]
+        self.restart_postgres()
+        self.broker = service("broker")
+        self.restart_broker()
+        self.s3 = services.S3Server(**told["s3"], service=service("s3"))
+
+        def ready() -> None:
+            urllib.request.urlopen(self.s3.endpoint, timeout=2).close()
+
+        with contextlib.suppress(urllib.error.HTTPError):
+            self.s3.service.start(ready, (urllib.error.URLError, OSError))
 
     def restart_postgres(self) -> None:
         """Start the stopped database again."""
@@ -102,7 +139,8 @@ class Services:
         """Stop everything and remove it."""
         for service in (self.postgres, self.broker, self.s3.service):
             service.stop()
-        shutil.rmtree(self.folder, ignore_errors=True)
+        if not self.keep:
+            shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def _server_pid(leash: "subprocess.Popen[bytes] | None") -> int:
@@ -241,31 +279,50 @@ class Scene:
     seed: int
     database_port: int | None = None
     storage_port: int | None = None
+    deadline: float = math.inf
     extra: dict[str, str] = field(default_factory=dict)
+    overrides: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.folder.mkdir(parents=True)
-        self.rng = random.Random(f"{self.seed}/{self.name}")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        # What a fault must know when it goes on in another run (--keep).
+        self.memo: dict[str, Any] = json.loads(self._memo.read_text()) if self._memo.exists() else {}
+        self.rng = random.Random(f"{self.seed}/{self.name}/{len(self.memo)}" if self.memo else f"{self.seed}/{self.name}")
         self.history = History(self.folder / "history.jsonl")
         self.fleet = Fleet(self.folder, self.history)
         self.accepted: dict[str, str] = {}  # job id → text and seed as its content must be, "" where there is none
         self.batches: list[str] = []
         self.backlog: list[dict[str, float]] = []
-        self.resources: dict[str, list[dict[str, float]]] = {}
+        self.resources: dict[tuple[str, int], list[dict[str, float]]] = {}  # (what it is, process) → samples
         self._stop = threading.Event()
         url = make_url(self.services.database_url)
         self._admin = url.set(drivername="postgresql").render_as_string(hide_password=False)
-        self.database_name = f"chaos_{self.name}_{os.getpid()}_{int(time.time() * 1000)}"
-        with psycopg.connect(self._admin, autocommit=True) as conn:
-            conn.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(self.database_name)))
+        self.database_name = self.memo.get("database") or f"chaos_{self.name}_{os.getpid()}_{int(time.time() * 1000)}"
         self.direct = url.set(database=self.database_name)
         self.database = Database(self.direct.render_as_string(hide_password=False))
-        migrate.upgrade(self.database)
-        with self.database.write() as conn:
-            conn.exec_driver_sql(AUDIT)
+        if "database" not in self.memo:
+            with psycopg.connect(self._admin, autocommit=True) as conn:
+                conn.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(self.database_name)))
+            migrate.upgrade(self.database)
+            with self.database.write() as conn:
+                conn.exec_driver_sql(AUDIT)
         self.broker = redis.Redis.from_url(self.services.broker_url, socket_timeout=5)
         self.broker.flushall()
         load_kinds()
+        self.open()
+
+    @property
+    def _memo(self) -> Path:
+        return self.folder / "memo.json"
+
+    def save(self) -> None:
+        """Keep the memo for the next run."""
+        self.memo["database"] = self.database_name
+        self._memo.write_text(json.dumps(self.memo))
+
+    def open(self, **overrides: Any) -> None:
+        """Open what the harness itself needs; again where a fault wants other settings for all processes."""
+        self.overrides.update(overrides)
         self.settings = self.make_settings(proxied=False)
         self.store = open_store(self.settings)
         self.publisher = Publisher(self.settings)
@@ -277,12 +334,13 @@ class Scene:
         endpoint = self.services.s3.endpoint
         if proxied and self.storage_port:
             endpoint = f"http://127.0.0.1:{self.storage_port}"
-        return load_settings(
-            state_dir=self.folder / "state", database_url=url.render_as_string(hide_password=False), broker_url=self.services.broker_url,
-            storage_url=f"s3://{self.services.s3.bucket}/{self.database_name}", storage_endpoint=endpoint,
-            storage_access_key=self.services.s3.access_key, storage_secret_key=self.services.s3.secret_key, device="cpu",
-            lease_s=LEASE_S, reaper_period_s=REAPER_S, dispatch_period_s=0.25, inflight_s=10.0, log_format="json", drain_s=15,
-        )  # fmt: skip
+        values = {
+            "state_dir": self.folder / "state", "database_url": url.render_as_string(hide_password=False), "broker_url": self.services.broker_url,
+            "storage_url": f"s3://{self.services.s3.bucket}/{self.database_name}", "storage_endpoint": endpoint,
+            "storage_access_key": self.services.s3.access_key, "storage_secret_key": self.services.s3.secret_key, "device": "cpu",
+            "lease_s": LEASE_S, "reaper_period_s": REAPER_S, "dispatch_period_s": 0.25, "inflight_s": 10.0, "log_format": "json", "drain_s": 15,
+        }  # fmt: skip
+        return load_settings(**{**values, **self.overrides})
 
     def environment(self, name: str, **extra: str) -> dict[str, str]:
         """Environment of one process."""
@@ -376,7 +434,8 @@ class Scene:
     # --- watching ---
 
     def _sample(self) -> None:
-        keys = Publisher._keys("text")
+        keys = [key for queue in ("text", "image") for key in Publisher._keys(queue)]
+        next_processes = 0.0
         while not self._stop.wait(0.5):
             with contextlib.suppress(Exception):
                 with self.database.read() as conn:
@@ -384,20 +443,50 @@ class Scene:
                     live = conn.execute(text("SELECT count(*) FROM workers WHERE seen_at > extract(epoch from clock_timestamp()) - 60")).scalar()
                 waiting = sum(int(self.broker.llen(k)) for k in keys)
                 self.backlog.append({"at": time.time(), "jobs": n, "seconds": float(cost), "messages": waiting, "workers": live})
-                for member in self.fleet.named("timer"):
-                    for one in member.tree():
-                        self.resources.setdefault("timer", []).append({"rss": one.memory_info().rss, "fds": one.num_fds(), "pid": one.pid})
+            if time.monotonic() >= next_processes:
+                next_processes = time.monotonic() + 2.0
+                with contextlib.suppress(Exception):
+                    done = self.counted()
+                    for what, pid, found in self.measure():
+                        self.resources.setdefault((what, pid), []).append({"at": time.time(), "done": done, **found})
+
+    def counted(self) -> int:
+        """Jobs of batches in a terminal state, by the counters: cheap with a million rows."""
+        states = "('succeeded', 'failed', 'dead', 'cancelled')"
+        query = f"SELECT coalesce(sum(n), 0) FROM (SELECT n, state FROM batch_counts UNION ALL SELECT n, state FROM batch_deltas) x WHERE state IN {states}"
+        with self.database.read() as conn:
+            return int(conn.execute(text(query)).scalar() or 0)
+
+    def publisher_time(self) -> float:
+        """When the newest hint was sent, by the database's clock."""
+        with self.database.read() as conn:
+            query = "SELECT max(dispatched_at) FROM jobs WHERE state = 'dispatched'"
+            return float(conn.execute(text(query)).scalar() or 0.0)
+
+    def open_batches(self) -> int:
+        """Batches that have not ended."""
+        with self.database.read() as conn:
+            return int(conn.execute(text("SELECT count(*) FROM batches WHERE finished_at IS NULL")).scalar() or 0)
+
+    def measure(self) -> list[tuple[str, int, dict[str, float]]]:
+        """Resident megabytes and open files of every process of the fleet that lives: (what it is, process, figures)."""
+        out = []
+        for member in self.fleet.members:
+            for n, one in enumerate(member.tree()):
+                with contextlib.suppress(psutil.Error):
+                    line = " ".join(one.cmdline())
+                    if member.name.startswith("timer"):
+                        what = "timer" if "producer.timer" in line else ""
+                    else:
+                        marks = {"worker.keeper": "keeper", "worker.decoder": "decoder", "spawn_main": "child"}
+                        what = next((name for mark, name in marks.items() if mark in line), "parent" if n == 0 or "celery" in line else "")
+                    if what:
+                        out.append((what, one.pid, {"rss": one.memory_info().rss / 2**20, "fds": one.num_fds()}))
+        return out
 
     def measure_workers(self) -> dict[int, dict[str, float]]:
-        """Resident bytes and open files of every worker process that lives."""
-        out = {}
-        for member in self.fleet.named("worker"):
-            for what in ("child", "keeper"):
-                one = member.part(what)
-                if one is not None:
-                    with contextlib.suppress(psutil.Error):
-                        out[one.pid] = {"rss": one.memory_info().rss, "fds": one.num_fds()}
-        return out
+        """Resident megabytes and open files of each worker's child and keeper."""
+        return {pid: found for what, pid, found in self.measure() if what in ("child", "keeper")}
 
     def close(self) -> None:
         """Stop the fleet, keep history and logs, drop the database."""
@@ -407,6 +496,8 @@ class Scene:
         self.broker.close()
         self.store.close()
         self.database.close()
+        if self.services.keep:
+            return
         shutil.rmtree(self.folder / "state", ignore_errors=True)
         with contextlib.suppress(psycopg.Error), psycopg.connect(self._admin, autocommit=True) as conn:
             conn.execute(sql.SQL("DROP DATABASE {} WITH (FORCE)").format(sql.Identifier(self.database_name)))

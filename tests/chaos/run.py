@@ -5,6 +5,7 @@
 
 import argparse
 import json
+import math
 import signal
 import sys
 import time
@@ -37,6 +38,8 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=None, help="seed of every random choice; printed, drawn from the clock where left out")
     parser.add_argument("--jobs", type=int, default=0, help="jobs in each fault; each fault's own number where left out")
     parser.add_argument("--out", type=Path, default=Path(".factory-chaos"), help="folder of reports and histories")
+    parser.add_argument("--keep", type=Path, default=None, help="folder of servers and state to go on in later; fault 16 only")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="with --keep: stop in order after this time; call again to go on")
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     seed = args.seed if args.seed is not None else int(time.time())
@@ -44,17 +47,21 @@ def main() -> int:
     unknown = [x for x in chosen if x not in FAULTS]
     if unknown:
         parser.error(f"no fault {unknown[0]}; there are {', '.join(ORDER)}")
+    if args.keep and chosen != ["16"]:
+        parser.error("--keep goes with --fault 16 alone")
+    deadline = time.monotonic() + args.seconds
     out = (args.out / f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{seed}").absolute()
     out.mkdir(parents=True)
     print(f"seed {seed}; reports and histories in {out}", flush=True)
-    services = Services()
+    services = Services(args.keep.absolute() if args.keep else None)
     rows: list[dict] = []
     try:
         for number in chosen:
             fault = FAULTS[number]
             report = Report()
             begun = time.monotonic()
-            scene = Scene(services, out / f"fault-{number}", f"f{number}", seed)
+            folder = (args.keep.absolute() if args.keep else out) / f"fault-{number}"
+            scene = Scene(services, folder, f"f{number}", seed, deadline=deadline)
             try:
                 fault.run(scene, args.jobs or fault.jobs, report)
             except Exception as error:

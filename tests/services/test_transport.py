@@ -423,6 +423,25 @@ def test_64_mib_pass_without_a_trace(rig):
     assert rig.quarantine()[0]["reason"] == "too_large" and rig.quarantine()[0]["bytes"] == 2**26
 
 
+def test_64_mib_on_a_channel_do_not_stop_a_worker(rig):
+    """The broker hangs up on a subscriber to whom more is published than it keeps; the subscription alone is gone then."""
+    rig.works()
+    for channel in ("/0.celery.pidbox", "/0.celeryev/task.sent"):
+        rig.redis.publish(channel, b"x" * 2**26)
+        rig.until(lambda: rig.redis.pubsub_numpat() >= 1, 30)
+        time.sleep(1)
+        rig.works()
+    rig.until(lambda: rig.publisher._app.control.ping(destination=["door@here"], timeout=2, limit=1), 30)
+
+
+def test_a_lost_subscription_is_made_anew(rig):
+    killed = rig.redis.execute_command("CLIENT", "KILL", "TYPE", "pubsub")
+    assert killed >= 1
+    time.sleep(1)
+    rig.works()
+    rig.until(lambda: rig.publisher._app.control.ping(destination=["door@here"], timeout=2, limit=1), 30)
+
+
 def test_the_next_hint_waits_in_the_broker(rig):
     hints = rig.hints(3, seconds=1.0)
     rig.publisher.send(hints)

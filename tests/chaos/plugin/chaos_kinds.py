@@ -8,6 +8,7 @@ only declares the kinds.
 import json
 import os
 import random
+import resource
 import signal
 import time
 from pathlib import Path
@@ -15,17 +16,19 @@ from typing import Literal
 
 from pydantic import Field
 
-from contentfactory.jobs.spec import Params, RetryPolicy, Text, kind
+from contentfactory.jobs.spec import AudioInput, Params, RetryPolicy, Text, VideoInput, kind
 
 _QUICK = RetryPolicy(backoff_s=0.2, backoff_max_s=2.0, transient=20)
-_clock = time.time
+_clock = getattr(time, "chaos_real", time.time)  # see sitecustomize.py
 
 
 class _Act(Params):
     text: Text = Field(description="what comes back, with the seed behind it")
     seconds: float = Field(default=0.0, ge=0, le=600, description="work, seconds")
-    act: Literal["work", "poison", "crowd", "memory", "hang", "bug", "disk", "handles"] = Field(
-        default="work", description="work; kill the process; run out of memory in company or always; hang; raise; fill disk or handles"
+    act: Literal["work", "poison", "crowd", "memory", "hang", "bug", "disk", "handles", "scratch"] = Field(
+        default="work",
+        description="work; kill the process; run out of memory in company or always; hang; raise; say that the disk is full; use all "
+        "handles up; write to the scratch folder",
     )
 
 
@@ -43,6 +46,14 @@ class ChaosWork(_Act):
 )  # fmt: skip
 class ChaosWide(_Act):
     """The same in groups of 32."""
+
+
+@kind("chaos.look", queue="image", outputs=("text/plain",), max_group=16, cacheable=False, retry=_QUICK)
+class ChaosLook(Params):
+    """Decode a sound or a video through the functions that every runner uses, and say what was seen."""
+
+    sound: AudioInput | None = None
+    clip: VideoInput | None = None
 
 
 # --- faults inside a process ----------------------------------------------------------------------------------------
@@ -125,20 +136,13 @@ def _install_copies(most: int) -> None:
     Publisher.send = many
 
 
-def _install_clock(offset_s: float) -> None:
-    """``CHAOS_CLOCK``: this process's wall clock is wrong by so many seconds. The monotonic clock is right, as it is in life."""
-    real, real_ns = time.time, time.time_ns
-    time.time = lambda: real() + offset_s
-    time.time_ns = lambda: real_ns() + int(offset_s * 1e9)
-
-
 def _install() -> None:
     if os.environ.get("CHAOS_KILL"):
         _install_kills(json.loads(os.environ["CHAOS_KILL"]))
     if os.environ.get("CHAOS_COPIES"):
         _install_copies(int(os.environ["CHAOS_COPIES"]))
-    if os.environ.get("CHAOS_CLOCK"):
-        _install_clock(float(os.environ["CHAOS_CLOCK"]))
+    if os.environ.get("CHAOS_NOFILE"):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (int(os.environ["CHAOS_NOFILE"]), resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
 
 
 _install()

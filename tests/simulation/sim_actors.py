@@ -45,6 +45,7 @@ from contentfactory.jobs import spec as specs
 from contentfactory.jobs.spec import Params, RetryPolicy, Text, kind, load_kinds
 from contentfactory.settings import Settings
 from producer.enqueue import Producer
+from producer.manifest.model import JobLine
 from producer.timer import Timer
 from worker import runners
 from worker.context import Failure, Output
@@ -429,24 +430,21 @@ class Crew:
 # --- users --------------------------------------------------------------------------------------------------
 
 
-class Line:
-    """A line of a manifest, as `producer.enqueue` reads it."""
-
-    def __init__(self, custom_id: str, kind_name: str, params: dict[str, Any], parents: tuple[str, ...], seed: int) -> None:
-        self.custom_id, self.kind, self.params, self.parents, self.seed = custom_id, kind_name, params, parents, seed
-        self.priority, self.metadata = 0, {}  # type: ignore[var-annotated]
-
-    def with_files(self, uploaded: Any) -> dict[str, Any]:
-        return self.params
+def line_of(number: int, custom_id: str, kind_name: str, params: dict[str, Any], parents: tuple[str, ...], seed: int) -> JobLine:
+    """A line of a manifest as it is after its check."""
+    spec = specs.get_kind(kind_name)
+    parsed = spec.validate(params)
+    refs = tuple(ref for _, ref in specs.iter_refs(parsed))
+    return JobLine(number, 0, custom_id, spec.name, parsed, parents, refs, 0, seed, {}, (), spec)
 
 
 class SimManifest:
-    def __init__(self, name: str, lines: list[Line]) -> None:
+    def __init__(self, name: str, lines: list[JobLine]) -> None:
         self.name, self.path, self.lines = name, Path(f"{name}.jsonl"), lines
 
 
 class _Report:
-    files = ()
+    files, spool = (), None
 
     def raise_for_errors(self, shown: int = 0) -> None:
         pass
@@ -518,7 +516,7 @@ class User:
                 self.keys[key] = made
         return made  # type: ignore[no-any-return]
 
-    def batch(self, name: str, lines: list[Line]) -> str | None:
+    def batch(self, name: str, lines: list[JobLine]) -> str | None:
         manifest = SimManifest(name, lines)
         found = self.ask(lambda p: p.create_batch(manifest, project=self.project, report=_Report()))
         if found:
@@ -553,7 +551,7 @@ def _new_id(prefix: str) -> str:
     return Stage.world.new_id(prefix)
 
 
-def _lines(manifest: SimManifest) -> list[Line]:
+def _lines(manifest: SimManifest) -> list[JobLine]:
     return manifest.lines
 
 

@@ -15,10 +15,10 @@ from sim_actors import (
     POLICY,
     REAPER_S,
     Crew,
-    Line,
     User,
     checkpoint_of,
     installed,
+    line_of,
     result_of,
 )
 from sim_world import EPOCH, Ledger, Process, SimDatabase, SimStore, Stage, World
@@ -27,6 +27,7 @@ from sqlalchemy import text
 from contentfactory.settings import Settings, load_settings
 from contentfactory.states import TERMINAL, TRANSITIONS
 from db import lifecycle, projects
+from producer.manifest.model import JobLine
 from producer.sweep import sweep
 from storage.keys import artifact_key
 
@@ -119,7 +120,7 @@ class History:
         self.chaos_s = rng.choice((15.0, 30.0, 60.0))
         self.crew = Crew(stage, settings)
         self.scripts: dict[int, dict[str, Any]] = {}
-        self.lines: dict[str, list[Line]] = {}
+        self.lines: dict[str, list[JobLine]] = {}
         self.calls: list[tuple[str, str, float]] = []
         self.users = [User(stage, settings, name) for name in ("alpha", "beta", "gamma")[: rng.choice((1, 1, 2, 3))]]
         self.busy = 0
@@ -150,7 +151,7 @@ class History:
         stage, rng = self.stage, self.rng
         wild = rng.choice((0.0, 0.1, 0.3))
         for n in range(rng.choice((0, 1, 2))):
-            lines: list[Line] = []
+            lines: list[JobLine] = []
             for position in range(rng.randint(1, 7)):
                 parents: tuple[str, ...] = ()
                 params = self.script(index, wild)
@@ -158,8 +159,8 @@ class History:
                     parents = tuple(line.custom_id for line in rng.sample(lines, min(len(lines), rng.choice((1, 1, 2)))))
                     if rng.random() < 0.5:
                         params["text"] = {"job": parents[0], "output": "text.txt"}
-                lines.append(Line(f"line{position}", "sim.work", params, parents, rng.choice((7, position + 100 * index))))
-                self.orphan(user, params, lines[-1].seed)
+                lines.append(line_of(position + 1, f"line{position}", "sim.work", params, parents, rng.choice((7, position + 100 * index))))
+                self.orphan(user, params, lines[-1].seed or 0)
             stage.sleep(rng.uniform(0, 3))
             made = user.batch(f"batch{n}", lines)
             if made:

@@ -546,6 +546,9 @@ class SimPublisher:
             self.world.unsent[self.world.current] = tuple(i for hint in hints[sent:] for i in hint.ids)
         return list(hints[sent:])
 
+    def ended(self, job_ids: Any) -> None:
+        self.world.step("ended")
+
     def oldest(self, queue: str) -> float | None:
         self.world.step("oldest")
         if self.broker.down_until > self.world.now:

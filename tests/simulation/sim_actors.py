@@ -51,7 +51,7 @@ from worker import runners
 from worker.context import Failure, Output
 from worker.execution import Executor
 
-LEASE_S, REAPER_S, DISPATCH_S = 30.0, 6.0, 5.0
+LEASE_S, REAPER_S, DISPATCH_S = 30.0, 7.0, 7.0
 POLICY = RetryPolicy(transient=8, bug=1, deadline=1, strikes=3, backoff_s=0.5, backoff_max_s=40.0)
 ACTS = ("ok", "input", "bug", "flaky", "poison", "memory", "big", "hang", "slow")
 

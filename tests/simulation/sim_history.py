@@ -1,5 +1,6 @@
 """One history: drawn from a seed, played, and checked when all is quiet."""
 
+import gc
 import hashlib
 import tempfile
 from collections import Counter, defaultdict
@@ -82,22 +83,33 @@ class Simulation:
             inflight_s=8.0, drain_s=10,
         )  # fmt: skip
         self.settings.scratch.mkdir(parents=True, exist_ok=True)
+        self.played = 0
 
     def play(self, seed: int) -> Outcome:
         """Play the history of a seed."""
         stage = World(seed, self.ledger)
         Stage.world = stage
+        self.played += 1
+        if self.played % 50 == 0:
+            gc.collect()
         return History(stage, self.settings).play()
 
 
 @contextmanager
 def simulation() -> Iterator[Simulation]:
     """Everything replaced and ready to play."""
-    with tempfile.TemporaryDirectory(prefix="factory-simulation-") as folder, installed():
+    memory = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(prefix="factory-simulation-", dir=memory if memory.is_dir() else None) as folder, installed():
         made = Simulation(Path(folder))
+        # What is alive now stays alive; between histories the rest is collected (`Simulation.play`).
+        gc.collect()
+        gc.freeze()
+        gc.disable()
         try:
             yield made
         finally:
+            gc.enable()
+            gc.unfreeze()
             made.ledger.close()
 
 
@@ -122,7 +134,7 @@ class History:
         self.scripts: dict[int, dict[str, Any]] = {}
         self.lines: dict[str, list[JobLine]] = {}
         self.calls: list[tuple[str, str, float]] = []
-        self.users = [User(stage, settings, name) for name in ("alpha", "beta", "gamma")[: rng.choice((1, 1, 2, 3))]]
+        self.users = [User(stage, settings, name) for name in ("alpha", "beta", "gamma")[: rng.choice((1, 1, 1, 2, 3))]]
         self.busy = 0
         self.most_workers = 0
 

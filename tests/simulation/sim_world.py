@@ -788,7 +788,7 @@ class SimQueue:
         import queue
 
         if not self.items:
-            Stage.world.park(self, timeout * Stage.world.rng.uniform(2, 6))
+            Stage.world.park(self, timeout * Stage.world.rng.uniform(4, 8))
         if not self.items:
             raise queue.Empty
         return self.items.popleft()

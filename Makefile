@@ -41,8 +41,8 @@ format: setup ## sort imports and mend what ruff can mend by itself
 types: setup ## mypy, strict on contentfactory, db, storage, producer
 	@$(BIN)/mypy
 
-bench: setup ## measurements of this machine
-	@set -e; for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python $$file $(ARGS); done
+bench: setup ## speed of this machine beside other queues and bare libraries; ONLY=queues,accept SIZE=smoke|short|full
+	@$(BIN)/python -m benchmarks --size $(or $(SIZE),short) $(if $(ONLY),--only $(ONLY)) $(ARGS)
 
 up: setup ## start broker, workers, timer and Flower, and stay with them until Ctrl-C
 	@$(BIN)/factory up

@@ -9,6 +9,7 @@ import random
 from collections import Counter, defaultdict, deque
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 from sqlalchemy import (
@@ -32,6 +33,7 @@ from contentfactory.errors import DependencyFailed, TransientError
 from contentfactory.ids import new_id
 from contentfactory.jobs.spec import RetryPolicy, get_kind
 from contentfactory.states import TERMINAL, BatchState, JobState, Priority
+from db import limits, warm
 from db.models import (
     Artifact,
     Attempt,
@@ -315,6 +317,7 @@ def dispatch(conn: Connection, queue: str, *, cap_s: float, max_jobs: int = 4096
     candidates = _candidates(conn, queue, at, window)
     if not candidates:
         return []
+    bounds = limits.caps(conn, queue, {key for rows in candidates.values() for key in rows.share_keys}, at, worker_seen_s)
     known = conn.execute(
         select(Project.id, Project.weight, Share.virtual_seconds)
         .outerjoin(Share, and_(Share.project_id == Project.id, Share.queue == queue))
@@ -328,19 +331,25 @@ def dispatch(conn: Connection, queue: str, *, cap_s: float, max_jobs: int = 4096
     served: set[str] = set()
     taken = 0
     idle = int(look.jobs) == 0
+    prefer = warm.Preference(conn, queue, at, worker_seen_s)
     while candidates and (room_s > 0 or room_jobs > 0) and taken < most:
         project = min(candidates, key=lambda p: (-candidates[p].head.priority, virtual.get(p, floor), p))
-        group = candidates[project].take()
-        head = group[0]
+        rows = candidates[project].front(warm.AHEAD + 1)
+        place, company = prefer.pick(project, rows)
+        head = rows[place]
         spec = get_kind(head.kind)
+        limit = min(spec.max_group, bounds.get(head.share_key, spec.max_group), company or spec.max_group)
+        group = candidates[project].take(head, limit)
         alone_too_early = (
-            len(group) < spec.max_group and spec.wait_s > 0 and not idle and head.priority < Priority.INTERACTIVE
+            len(group) < limit and spec.wait_s > 0 and not idle and head.priority < Priority.INTERACTIVE
             and at - max(head.created_at, head.run_after) < spec.wait_s
         )  # fmt: skip
         if not candidates[project]:
             del candidates[project]
         if alone_too_early:
             continue
+        if place:
+            prefer.passed(project, rows[0].id, len(group))
         cost = sum(row.seconds for row in group)
         virtual[project] = virtual.get(project, floor) + cost / weights.get(project, 1.0)
         served.add(project)
@@ -351,6 +360,7 @@ def dispatch(conn: Connection, queue: str, *, cap_s: float, max_jobs: int = 4096
         idle = False
     if not hints:
         return []
+    prefer.save()
     statement = (
         update(Job)
         .where(among(conn, Job.id, [i for _, _, ids in hints for i in ids]), has_state(JobState.QUEUED))
@@ -407,14 +417,28 @@ class _Waiting:
         bool(self)
         return self._rows[self._next]
 
-    def take(self) -> list[Any]:
-        """The head and those behind it that may share its forward pass; each row may bound its company."""
-        head = self.head
+    @property
+    def share_keys(self) -> set[str]:
+        """What the rows could share."""
+        return {key for key, _ in self._alike}
+
+    def front(self, count: int) -> list[Any]:
+        """The next rows in their order; ask whether there is one first."""
+        bool(self)
+        found: list[Any] = []
+        for row in islice(self._rows, self._next, None):
+            if row.id not in self._taken:
+                found.append(row)
+                if len(found) == count:
+                    break
+        return found
+
+    def take(self, head: Any, most: int) -> list[Any]:
+        """A row and those behind it that may share its forward pass, at most so many; each row may bound its company."""
         alike = self._alike[(head.share_key, head.priority)]
-        most = get_kind(head.kind).max_group
         group: list[Any] = []
         left: list[Any] = []
-        while alike and len(group) < min(most, head.group_limit or most):
+        while alike and len(group) < most:
             row = alike.popleft()
             if group and row.group_limit and len(group) >= row.group_limit:
                 left.append(row)
@@ -439,7 +463,7 @@ def _candidates(conn: Connection, queue: str, at: float, window: int) -> dict[st
         if project in paused:
             continue
         query = (
-            select(Job.id, Job.kind, Job.priority, Job.share_key, Job.seconds, Job.group_limit, Job.created_at, Job.run_after)
+            select(Job.id, Job.kind, Job.priority, Job.share_key, Job.seconds, Job.group_limit, Job.created_at, Job.run_after, Job.model)
             .where(has_state(JobState.QUEUED), Job.queue == queue, Job.project_id == project, Job.run_after <= at)
             .where(or_(Job.batch_id.is_(None), Job.batch_id.not_in(held)))
             .order_by(Job.band, Job.rank, Job.id)
@@ -451,10 +475,11 @@ def _candidates(conn: Connection, queue: str, at: float, window: int) -> dict[st
     return found
 
 
-def undispatch(conn: Connection, ids: Sequence[str]) -> int:
-    """Put jobs back whose hint could not be published."""
-    statement = update(Job).where(among(conn, Job.id, ids), has_state(JobState.DISPATCHED)).values(state=JobState.QUEUED, dispatched_at=None)
-    return conn.execute(statement).rowcount
+def undispatch(conn: Connection, ids: Sequence[str], delay_s: float = 0.0) -> int:
+    """Put jobs back whose hint could not be published, or cannot be served for ``delay_s`` seconds."""
+    later = {"run_after": now() + delay_s} if delay_s > 0 else {}
+    waiting = update(Job).where(among(conn, Job.id, ids), has_state(JobState.DISPATCHED))
+    return conn.execute(waiting.values(state=JobState.QUEUED, dispatched_at=None, **later)).rowcount
 
 
 def rescue_dispatched(conn: Connection, queue: str, before: float) -> int:

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import socket
-import sys
 import threading
 import time
 import traceback
@@ -31,7 +30,7 @@ from contentfactory.errors import (
 from contentfactory.jobs.spec import KindSpec, OutputRef, get_kind, put_at
 from contentfactory.settings import Settings
 from contentfactory.states import JobState, Priority
-from db import jobs, lifecycle, retention
+from db import jobs, lifecycle, limits, retention
 from db.lifecycle import Claimed, NewArtifact, Stop, Success
 from db.session import Database
 from producer.dispatch import Dispatcher
@@ -40,14 +39,16 @@ from producer.publish import Publisher
 from producer.services import open_store
 from producer.tracing import Attempted, open_tracer
 from storage.keys import artifact_key, suffix_for
-from worker import confined, failpoints
+from worker import confined, failpoints, memory
 from worker.context import Failure, InputFile, JobContext, NewModel, Output
 from worker.drain import drain_file
 from worker.engines.files import ResolvedModel, locate
 from worker.inputs import Inputs, Resolved
 from worker.keeper import Keeper
+from worker.meter import GroupMeter
 from worker.models import ModelCache
 from worker.runners import get_runner
+from worker.warmup import WarmUp
 
 log = structlog.get_logger(__name__)
 T = TypeVar("T")
@@ -135,7 +136,9 @@ class Executor:
         queues = [q for q in os.environ.get("FACTORY_WORKER_QUEUES", "").split(",") if q]
         self._device: str | None = settings.device if settings.device != "auto" else None
         self.cache = ModelCache(limit_mb=float(os.environ.get("FACTORY_WORKER_CACHE_MB", settings.model_cache_mb)))
+        self.meter = GroupMeter(self.database, lambda: memory.device_name(self._device or "auto"))
         self.keeper = Keeper(settings, self.worker, queues, settings.device) if keeper else None
+        self.warmup = WarmUp(self.database, self.cache, self._model, lambda: self.device, self.keeper)
         self.tracer = open_tracer("worker")
         self.uploads = ThreadPoolExecutor(settings.upload_threads, thread_name_prefix="upload")
         self.finishers = ThreadPoolExecutor(1, thread_name_prefix="finish")
@@ -160,6 +163,8 @@ class Executor:
 
     def run(self, kind: str, ids: Sequence[str]) -> None:
         """Claim these jobs and do what could be claimed. Returns when the runner is done; the commit may still be under way."""
+        if not self.warmup.ready(kind, ids):
+            return
         failpoints.reached(failpoints.BEFORE_CLAIM)
         tried = False
 
@@ -222,8 +227,9 @@ class Executor:
                 by_model: dict[str | None, list[_Member]] = {}
                 for member in work:
                     by_model.setdefault(member.claimed.model, []).append(member)
-                for part in by_model.values():
-                    self._compute(spec, part, scratch)
+                for n, piece in enumerate(p for part in by_model.values() for p in self.meter.pieces(spec, part)):
+                    with self.meter.measure(spec, piece, self.cache):
+                        self._compute(spec, piece, scratch if len(piece) == len(work) else _subfolder(scratch, n))
             except Exception as error:
                 # A full disk, a ledger that went away: the jobs are told so, and the error's class decides.
                 problem = classify(error)
@@ -234,7 +240,7 @@ class Executor:
             phases["model_loads"] = self.cache.loads - loads
             if self.keeper:
                 self.keeper.settle(keys)
-                self.keeper.models(self.cache.keys)
+                self.keeper.models(self.cache.keys, memory.device_name(self._device or "auto"))
         except BaseException:
             self._slots.release()
             self._clear(scratch)
@@ -342,7 +348,9 @@ class Executor:
         except Exception as error:
             problem = classify(error)
             if problem.error_class == "resource":
+                # The next jobs must find a clean process: no models, no tensors in the frames of the failed pass.
                 self.cache.clear()
+                memory.release(error)
             for index, member in enumerate(members):
                 if member.error is not None:
                     continue
@@ -533,16 +541,20 @@ class Executor:
                     continue
                 self._collect(member, successes, stops, phases)
             phases["upload_s"] = time.monotonic() - begun
+            learned = self.meter.due()
+            known: dict[str, int] = {}
             done: list[str] = []
             stopped: dict[str, JobState | None] = {}
 
             def work(conn: Any) -> list[str]:
                 stopped.update({stop.job_id: lifecycle.stop(conn, stop) for stop in stops})
                 published = lifecycle.finish(conn, successes)
+                known.update(limits.learn(conn, learned))
                 failpoints.reached(failpoints.IN_COMMIT)
                 return published
 
             done = self._commit(work)
+            self.meter.told(learned, known)
             failpoints.reached(failpoints.AFTER_COMMIT)
             if self.tracer:
                 self._trace(spec, members, phases, begun - started, {**stopped, **dict.fromkeys(done, JobState.SUCCEEDED)})
@@ -645,6 +657,7 @@ class Executor:
         """Commit what is under way, end the keeper, close connections."""
         self.finishers.shutdown(wait=True)
         self.uploads.shutdown(wait=True)
+        self.meter.flush()
         if self.keeper:
             self.keeper.close()
         if self.tracer:
@@ -657,6 +670,13 @@ class Executor:
 def _artifact(claimed: Claimed, output: Output, resolved: Resolved | None, key: str, sha256: str, size: int, role: str) -> NewArtifact:
     parents = resolved.parents if resolved else ()
     return NewArtifact(output.name, key, sha256, size, output.media_type, role, output.meta, claimed.seed, claimed.model, parents)
+
+
+def _subfolder(scratch: Path, n: int) -> Path:
+    """A scratch folder of its own: the pieces of a micro-batch number their jobs anew."""
+    folder = scratch / f"piece-{n}"
+    folder.mkdir(mode=0o700)
+    return folder
 
 
 def _published_role(name: str) -> str:
@@ -696,8 +716,7 @@ def _classified(error: BaseException) -> FactoryError:
         return error
     if isinstance(error, OSError) and error.errno in _LOCAL_FAULTS:
         return TransientError(f"this worker's disk or handles: {error}", code="worker_resources")
-    torch = sys.modules.get("torch")
-    if isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.cuda.OutOfMemoryError)):
+    if memory.is_out_of_memory(error):
         problem = FactoryError(f"out of memory: {str(error)[:300]}", code="out_of_memory")
         problem.error_class = "resource"
         return problem

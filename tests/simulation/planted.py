@@ -296,7 +296,7 @@ def _key_ignored() -> Places:
 
 
 def _no_undispatch() -> Places:
-    return [(lifecycle, "undispatch", lambda conn, ids: 0)]
+    return [(lifecycle, "undispatch", lambda conn, ids, **_: 0)]
 
 
 def _rescue_too_eager() -> Places:

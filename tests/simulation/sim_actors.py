@@ -14,6 +14,7 @@ from sim_world import (
     Killed,
     Process,
     SimDatabase,
+    SimLock,
     SimLog,
     SimPool,
     SimPublisher,
@@ -40,6 +41,7 @@ import producer.sweep
 import producer.timer
 import worker.execution
 import worker.keeper
+import worker.meter
 from contentfactory.errors import Conflict, FactoryError, InputError, NotFound, Released, TransientError
 from contentfactory.jobs import spec as specs
 from contentfactory.jobs.spec import Params, RetryPolicy, Text, kind, load_kinds
@@ -238,7 +240,7 @@ class SimKeeper:
             self._last[key] = now
             self.send({"op": "beat", "job": key, "fraction": fraction, "message": message})
 
-    def models(self, names: Any) -> None:
+    def models(self, names: Any, device: str | None = None) -> None:
         pass
 
     def gone(self, key: Any) -> bool:
@@ -574,6 +576,7 @@ def installed() -> Iterator[None]:
         (worker.execution, "Keeper", SimKeeper), (worker.execution, "open_tracer", lambda service: None),
         (worker.execution, "os", namespace(os, getpid=lambda: 1)), (worker.execution, "uuid", namespace(__import__("uuid"), uuid4=_Counter)),
         (worker.execution, "socket", namespace(__import__("socket"), gethostname=lambda: "sim")),
+        (worker.meter, "time", SimTime), (worker.meter, "threading", namespace(__import__("threading"), Lock=SimLock)),
         (worker.keeper, "log", log), (worker.keeper, "time", SimTime), (worker.keeper, "LOAD_ALLOWANCE_S", 4.0),
         (worker.keeper, "threading", namespace(__import__("threading"), Thread=_NoThread)),
         (worker.keeper, "sys", namespace(__import__("sys"), stdout=_Pipe)),

@@ -774,6 +774,19 @@ class SimSemaphore:
         Stage.world.wake(self)
 
 
+class SimLock(SimSemaphore):
+    """`threading.Lock` of tasks."""
+
+    def __init__(self) -> None:
+        super().__init__(1)
+
+    def __enter__(self) -> None:
+        self.acquire()
+
+    def __exit__(self, *_: Any) -> None:
+        self.release()
+
+
 class SimQueue:
     """`queue.Queue` of a keeper's messages; who waits on it sometimes wakes late, as on a busy machine."""
 

@@ -9,7 +9,7 @@ export VENV TORCH TORCH_INDEX EXTRAS PYTHON
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help setup run test chaos lint format types bench up down docs clean
+.PHONY: help setup run test simulate chaos lint format types bench up down docs clean
 
 help: ## print this help
 	@echo "make TARGET"
@@ -25,6 +25,9 @@ run: setup ## the main job: texts, speech, pictures, cards and clips of examples
 test: setup ## all tests
 	@$(BIN)/python scripts/browser.py
 	@$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile $(ARGS)
+
+simulate: setup ## play simulated histories of the lifecycle; HISTORIES=10000 SEED=17 PLANTED=1 (docs/simulation.md)
+	@$(BIN)/python tests/simulation/simulate.py $(if $(PLANTED),--planted,$(if $(SEED),--seed $(SEED),$(if $(HISTORIES),--histories $(HISTORIES))))
 
 chaos: setup ## faults 1 to 17 against real services; FAULT=3,4 SEED=7 JOBS=2000 (docs/chaos.md)
 	@$(BIN)/python tests/chaos/run.py $(if $(FAULT),--fault $(FAULT)) $(if $(SEED),--seed $(SEED)) $(if $(JOBS),--jobs $(JOBS))

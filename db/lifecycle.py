@@ -58,6 +58,10 @@ CHUNK = 500
 """Ids in one statement: below SQLite's limit on variables, and short transactions on both."""
 
 
+MARK_S = 60.0
+"""How long who marked an object may take to delete it, seconds: attempts that began later than that need not mind the mark."""
+
+
 @dataclass(frozen=True, slots=True)
 class NewJob:
     """A validated job as `insert_jobs` takes it. ``parents`` are ids of jobs that it waits for; ``params`` may be JSON text already."""
@@ -643,7 +647,7 @@ def finish(conn: Connection, results: Sequence[Success]) -> list[str]:
         return []
     at = database_time(conn)
     published = [r for r in results if (row := done.get(r.job_id)) is not None and row.attempt == r.attempt]
-    refuse_doomed(conn, {a.object_key for r in published for a in r.artifacts})
+    refuse_doomed(conn, {a.object_key for r in published for a in r.artifacts}, list(done))
     _refuse_gone(conn, {a.object_key for r in published if r.reused_from for a in r.artifacts})
     artifacts: list[tuple[Any, ...]] = []
     for result in published:
@@ -707,22 +711,32 @@ def insert_model(conn: Connection, row: dict[str, Any]) -> str:
     return version
 
 
-def refuse_doomed(conn: Connection, keys: Collection[str]) -> None:
-    """Make sure that the sweep deletes none of these objects: called before rows that point at them are written.
+def refuse_doomed(conn: Connection, keys: Collection[str], jobs: Sequence[str] = ()) -> None:
+    """Make sure that none of these objects is, or was, deleted: called before rows that point at them are written.
 
-    The shared lock lasts to the end of the transaction. The sweep takes it exclusively to mark what it will delete, and
-    looks for references after that; so either it sees our rows, or we see its mark.
+    The shared lock lasts to the end of the transaction. Who deletes takes it exclusively to mark what goes, and looks for
+    references after that; so either they see our rows, or we see their mark. A mark outlives the deletion: an object that was
+    put before it and is committed after it would be missed otherwise.
+
+    Args:
+        conn: Connection in a write transaction.
+        keys: Keys of the objects.
+        jobs: Running jobs whose attempts have put them; left out, they were put within the last minute.
 
     Raises:
-        TransientError: If one is marked; put it again in another attempt.
+        TransientError: If one is marked and was not surely put after its deletion; put it again in another attempt.
     """
     if not keys:
         return
     if conn.dialect.name == "postgresql":
         conn.execute(text("SELECT pg_advisory_xact_lock_shared(hashtext('factory:sweep'))"))
-    doomed = conn.execute(select(DoomedObject.object_key).where(among(conn, DoomedObject.object_key, keys)).limit(1)).scalar()
-    if doomed:
-        raise TransientError(f"object {doomed} is being swept; it must be stored again", code="object_swept")
+    query = select(DoomedObject.at, DoomedObject.object_key).where(among(conn, DoomedObject.object_key, keys))
+    newest = conn.execute(query.order_by(DoomedObject.at.desc()).limit(1)).one_or_none()
+    if newest is None:
+        return
+    begun = conn.execute(select(func.min(Job.started_at)).where(among(conn, Job.id, jobs))).scalar() if jobs else None
+    if newest.at > (begun if begun is not None else database_time(conn) - MARK_S) - MARK_S:
+        raise TransientError(f"object {newest.object_key} is being swept; it must be stored again", code="object_swept")
 
 
 def _refuse_gone(conn: Connection, keys: Collection[str]) -> None:
@@ -748,7 +762,7 @@ def publish(conn: Connection, job_id: str, attempt: int, artifact: NewArtifact) 
     ).one_or_none()
     if row is None:
         return False
-    refuse_doomed(conn, [artifact.object_key])
+    refuse_doomed(conn, [artifact.object_key], [job_id])
     conn.execute(delete(Artifact).where(Artifact.job_id == job_id, Artifact.name == artifact.name))
     last = conn.execute(select(func.max(Artifact.position)).where(Artifact.job_id == job_id)).scalar()
     # Published ones sort behind the outputs that the commit will number from 0.
@@ -953,7 +967,7 @@ def _fail_children(conn: Connection, parents: Sequence[str]) -> None:
 
 
 def reap(conn: Connection, *, lease_s: float, period_s: float, limit: int = 1000) -> dict[str, int]:
-    """Return jobs whose lease ran out. After an outage of the reaper itself it first extends leases once.
+    """Return jobs whose lease ran out. After an outage of the reaper itself, and when it has never run, it first extends leases once.
 
     Returns:
         Count by new state, plus ``extended``.
@@ -961,7 +975,7 @@ def reap(conn: Connection, *, lease_s: float, period_s: float, limit: int = 1000
     at = database_time(conn)
     last = conn.execute(select(Mark.value).where(Mark.name == "reaper").with_for_update()).scalar()
     _set_mark(conn, "reaper", at)
-    if last is not None and at - last > max(3 * period_s, lease_s / 2):
+    if last is None or at - last > max(3 * period_s, lease_s / 2):
         # Nobody could renew while the database or the whole factory was away: give live workers one lease to say so.
         n = conn.execute(
             update(Job).where(has_state(JobState.RUNNING), Job.lease_until < at + lease_s).values(lease_until=at + lease_s)

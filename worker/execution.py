@@ -29,7 +29,7 @@ from contentfactory.errors import (
 from contentfactory.jobs.spec import KindSpec, OutputRef, get_kind, put_at
 from contentfactory.settings import Settings
 from contentfactory.states import JobState, Priority
-from db import jobs, lifecycle, limits
+from db import jobs, lifecycle, limits, retention
 from db.lifecycle import Claimed, NewArtifact, Stop, Success
 from db.session import Database
 from producer.dispatch import Dispatcher
@@ -398,13 +398,13 @@ class Executor:
                 if artifact.role != "checkpoint":
                     return []
                 rows = jobs.artifacts(conn, [member.claimed.id], ("checkpoint",)).get(member.claimed.id, [])
-                old = [r["name"] for r in rows[:-KEEP_CHECKPOINTS]]
-                return lifecycle.drop_published(conn, member.claimed.id, member.claimed.attempt, old)
+                return [r["name"] for r in rows[:-KEEP_CHECKPOINTS]]
 
-            orphans = self.database.run(work)
-            if orphans is None:
+            old = self.database.run(work)
+            if old is None:
                 raise LeaseLost(f"another attempt holds job {member.claimed.id}")
-            self.store.delete(orphans)
+            if old:
+                self._forget(member.claimed, old)
 
         def checkpoints(job: int) -> list[InputFile]:
             claimed = members[job].claimed
@@ -435,6 +435,24 @@ class Executor:
             resolve_model=lambda name: self._model(project_id, name),
             should_release=self._should_release,
         )
+
+    def _forget(self, claimed: Claimed, names: list[str]) -> None:
+        """Delete old checkpoints. Another job may just have put the same bytes: they are marked like what the sweep deletes."""
+
+        def work(conn: Any) -> list[str]:
+            retention.hold(conn)
+            orphans = lifecycle.drop_published(conn, claimed.id, claimed.attempt, names)
+            retention.doom(conn, orphans)
+            return orphans
+
+        orphans = self.database.run(work)
+        if not orphans:
+            return
+        try:
+            self.store.delete(orphans)
+            self.database.run(lambda conn: retention.gone(conn, orphans))
+        except FactoryError as error:
+            log.warning("checkpoints_left", action="publish", job=claimed.id, error=error.message)  # the sweep will find them
 
     def _should_release(self) -> bool:
         at = time.monotonic()

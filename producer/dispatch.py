@@ -61,7 +61,10 @@ class Dispatcher:
                     self.database.run(partial(lifecycle.undispatch, ids=ids))
                     log.warning("broker_unavailable", action="undispatch", queue=queue, jobs=len(ids))
                     return sent
-                sent += sum(len(hint.ids) for hint in hints)
+                moved = sum(len(hint.ids) for hint in hints)
+                sent += moved
+                if moved < window:
+                    break  # all that was seen; whatever was held back waits for room or for company
         return sent
 
     def rescue(self, queues: Iterable[str], margin_s: float = 5.0) -> int:

@@ -268,3 +268,119 @@ def test_vllm_says_what_it_lacks(real):
     with pytest.raises(ModelUnavailable, match="needs a GPU"):
         load_language(real("smollm2-135m-instruct", engine="vllm"), "cpu")
     assert "vllm" not in sys.modules
+
+
+# --- the command ---
+
+
+@pytest.fixture
+def command(tmp_path, monkeypatch):
+    from typer.testing import CliRunner
+
+    from producer.cli import app
+
+    monkeypatch.setenv("FACTORY_STATE_DIR", str(tmp_path / "state"))
+
+    def run(*words):
+        done = CliRunner().invoke(app, [*words, "--json"])
+        assert done.exit_code == 0, done.output
+        return json.loads(done.stdout)
+
+    return run
+
+
+def test_the_command_stores_what_was_chosen_and_shows_and_clears_it(command, monkeypatch):
+    module = sys.modules["producer.cli.tune"]  # the package's attribute of that name is the command
+    chosen = {"dtype": "bfloat16", "device": "cpu"}
+    results = [{**vars(BASE), "unit": "texts"}, {**vars(result("bfloat16", 40.0, dtype="bfloat16")), "unit": "texts"}]
+    report = {
+        "model": "all-minilm-l6-v2@1", "engine": "encoder", "device": "cpu 8 GB", "threads": 1, "tolerance": {"cosine": 0.9999},
+        "results": results, "chosen": "bfloat16", "options": chosen, "gain": 2.0, "batch": 4,
+    }  # fmt: skip
+    asked = []
+    monkeypatch.setattr(module, "_measure", lambda words, *a, **k: asked.append(words) or dict(report))
+    assert "tag" not in command("tune", "all-minilm-l6-v2", "--dry-run")
+    tag = command("tune", "all-minilm-l6-v2", "--quick")["tag"]
+    assert tag == tunings.tag_of(chosen)
+    command("tune", "all-minilm-l6-v2")
+    assert {words[3] for words in asked} == {"all-minilm-l6-v2@1"}  # the version itself, not what was chosen last
+    [shown] = command("models", "show", "all-minilm-l6-v2")["inference"]
+    assert (shown["key"], shown["in_use"], shown["options"], shown["gain"]) == (f"all-minilm-l6-v2@1+{tag}", True, chosen, 2.0)
+    assert command("tune", "all-minilm-l6-v2", "--clear") == {"model": "all-minilm-l6-v2@1", "cleared": 1}
+    assert [i["in_use"] for i in command("models", "show", "all-minilm-l6-v2")["inference"]] == [False]
+    module._show({**report, "results": [*results, {**vars(Result("vllm", skipped="not installed")), "unit": ""}]})
+
+
+def test_each_set_of_options_is_measured_in_a_process_that_may_fail(tmp_path, monkeypatch):
+    import argparse
+
+    from contentfactory.settings import load_settings
+    from db import migrate
+    from db.session import Database
+    from worker.tuning.__main__ import _in_child
+    from worker.tuning.plan import Candidate
+
+    monkeypatch.setenv("FACTORY_STATE_DIR", str(tmp_path / "state"))
+    database = Database(load_settings().database())
+    migrate.upgrade(database)
+    project = database.run(lambda conn: projects.ensure(conn, "default"))
+    database.close()
+    args = argparse.Namespace(model="all-minilm-l6-v2@1", project=project, seconds=0.0, most=1)
+    found = _in_child(args, Candidate("defaults", InferenceOptions()), "cpu", tmp_path / "out.npz")
+    assert found.skipped == "" and found.unit == "texts" and found.speed["1"] > 0 and found.memory_mb > 50
+    with np.load(tmp_path / "out.npz") as made:
+        assert made["vectors"].shape == (len(probes.TEXTS), 384)
+    refused = _in_child(args, Candidate("other", InferenceOptions(device="cuda")), "cpu", tmp_path / "other.npz")
+    assert "tuned for cuda" in refused.skipped
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    assert "ended with code 1" in _in_child(args, Candidate("x", InferenceOptions()), "cpu", tmp_path / "x.npz").skipped
+
+
+def test_results_of_chosen_options_are_never_mixed_with_the_others(sqlite_database, tmp_path):
+    from sqlalchemy import select
+
+    from contentfactory.ids import new_id
+    from contentfactory.jobs.spec import get_kind
+    from contentfactory.settings import load_settings
+    from db import jobs, lifecycle
+    from db.models import Job
+    from storage.memory import MemoryStore
+    from worker.execution import Executor
+
+    class Silent:
+        def send(self, hints):
+            return list(hints)
+
+        def close(self):
+            pass
+
+    database = sqlite_database
+    project = database.run(lambda conn: projects.ensure(conn, "default"))
+    base = "all-minilm-l6-v2@1"
+    options = {"dtype": "bfloat16", "device": "cpu"}
+    tag = database.run(lambda conn: tunings.store(conn, project, base, device="cpu", options=options, report={}))
+    executor = Executor(load_settings(state_dir=tmp_path / "state", device="cpu"), database, MemoryStore(), Silent(), keeper=False)
+    kind = get_kind("text.embed")
+    params = kind.validate({"input": ["A lamp of glass."], "encoding": "float32"})
+    made = {}
+    try:
+        for name in (base, f"{base}+{tag}", base, f"{base}+{tag}"):
+            row = lifecycle.NewJob(
+                id=new_id("job"), project_id=project, kind=kind.name, queue=kind.queue, params=params.model_dump(mode="json"),
+                share_key=kind.share_key(params, name), seconds=1.0, seed=0, model=name,
+            )  # fmt: skip
+            database.run(lambda conn, row=row: lifecycle.insert_jobs(conn, [row]))
+            executor.run(kind.name, [row.id])
+            executor.finishers.submit(lambda: None).result()
+            with database.read() as conn:
+                [found] = jobs.artifacts(conn, [row.id])[row.id]
+                source = conn.execute(select(Job.reused_from).where(Job.id == row.id)).scalar()
+            made.setdefault(name, []).append((found["sha256"], found["model"], source is not None))
+    finally:
+        executor.finishers.shutdown()
+        executor.uploads.shutdown()
+    (plain, again), (other, other_again) = made.values()
+    assert plain[0] != other[0]
+    assert (plain[1], other[1]) == (base, f"{base}+{tag}")
+    assert (again[0], again[2], other_again[0], other_again[2]) == (plain[0], True, other[0], True)
+    assert executor.cache.loads == 2

@@ -1,6 +1,6 @@
 """``make bench``: measure this machine.
 
-    python -m benchmarks [--only queues,accept.sqlite] [--sides ours,huey] [--size smoke|short|full] [--out FILE] [--report FILE]
+    python -m benchmarks [--only queues,accept.sqlite] [--sides ours,huey] [--size smoke|short|full] [--rounds N] [--out FILE] [--report FILE]
 
 Writes a JSON file into ``benchmarks/results`` and a page beside it.
 """
@@ -23,6 +23,7 @@ def main() -> int:
     parser.add_argument("--only", default="", help=f"families or cases joined by commas; families: {', '.join(FAMILIES)}")
     parser.add_argument("--sides", default="", help="of cases with many sides only those with one of these words in their name")
     parser.add_argument("--size", choices=SIZES, default="short", help="smoke: does it run; short: figures to work with; full: to publish")
+    parser.add_argument("--rounds", type=int, default=0, help="rounds of each case; 1, 3 or 5 by size where left out")
     parser.add_argument("--out", type=Path, help="where the JSON goes; benchmarks/results/<date>.json where left out")
     parser.add_argument("--report", type=Path, help="where the page goes; beside the JSON where left out")
     options = parser.parse_args()
@@ -31,7 +32,7 @@ def main() -> int:
     unknown = [x for x in only if x.partition(".")[0] not in FAMILIES]
     if unknown:
         parser.error(f"no family {unknown[0]!r}; there are {', '.join(FAMILIES)}")
-    bench = Bench(options.size, only, [x for x in options.sides.split(",") if x])
+    bench = Bench(options.size, only, [x for x in options.sides.split(",") if x], options.rounds)
     try:
         for name in FAMILIES:
             if bench.wants(name):

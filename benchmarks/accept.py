@@ -166,7 +166,8 @@ def _memory(bench: Bench) -> None:
             one = psutil.Process(process.pid)
             while process.poll() is None:
                 try:
-                    samples.append(one.memory_info().rss / 2**20)
+                    if rss := one.memory_info().rss:  # none while it ends
+                        samples.append(rss / 2**20)
                 except psutil.Error:
                     break
                 time.sleep(0.05)

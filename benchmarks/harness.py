@@ -162,10 +162,12 @@ class Bench:
         size: One of `SIZES`.
         only: Names of families or cases; all where empty.
         sides: Parts of the names of sides, for cases with many; all where empty.
+        rounds: Rounds of each case; by size where 0.
     """
 
-    def __init__(self, size: str = "short", only: Sequence[str] = (), sides: Sequence[str] = ()) -> None:
+    def __init__(self, size: str = "short", only: Sequence[str] = (), sides: Sequence[str] = (), rounds: int = 0) -> None:
         self.size, self.only, self.sides = size, tuple(only), tuple(sides)
+        self._rounds = rounds
         self.cases: list[Case] = []
         self.failed: list[str] = []
         self.begun = datetime.now(UTC)
@@ -177,7 +179,7 @@ class Bench:
     @property
     def rounds(self) -> int:
         """Rounds of a case that says nothing else."""
-        return self.pick(1, 3, 5)
+        return self._rounds or self.pick(1, 3, 5)
 
     def pick(self, smoke: Any, short: Any, full: Any) -> Any:
         """A value by size."""

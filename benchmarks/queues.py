@@ -262,7 +262,7 @@ def run(bench: Bench) -> None:
             sides = {side: call for side, call in sides.items() if bench.keeps(side)}
             if any(side in PEERS for side in sides):
                 bench.peers  # noqa: B018 - made before anything is measured
-            case.measure(sides, rounds=bench.pick(1, 3, 5))
+            case.measure(sides)
             _judge(case)
 
 

@@ -1,8 +1,8 @@
 """Results as one page that needs nothing else: bars for the sides, marks for the targets, SVG drawn here.
 
-    python -m benchmarks.report RESULT.json [MORE.json ...] [--out page.html]
+    python -m benchmarks.report RESULT.json [MORE.json ...] [--out page.html] [--merge result.json]
 
-Of several results the later ones' cases replace the earlier ones' of the same name.
+Of several results the later ones' cases replace the earlier ones' of the same name; ``--merge`` writes them down as one.
 """
 
 import argparse
@@ -108,6 +108,8 @@ def section(case: Mapping[str, Any]) -> str:
         kind = {True: "met", False: "missed", None: ""}[c["met"]]
         lines.append(f'<p class="{kind}">{html.escape(c["name"])}: <b>{number(c["value"])} {html.escape(c["unit"])}</b>{spread}{wanted}</p>')
     parts = [f'<h3 id="{html.escape(case["name"])}">{html.escape(case["name"])}</h3><p>{html.escape(case["what"])} <span class="quiet">({html.escape(case["unit"])}, {case["better"]} is better; median of the rounds, the line from the lowest to the highest)</span></p>']
+    if "load" in case:
+        parts.append(f'<p class="quiet">{html.escape(case["measured"])}, load at the end {", ".join(str(x) for x in case["load"])}</p>')
     parts.append(bars(case))
     parts += lines
     if extra and rows:
@@ -119,10 +121,7 @@ def section(case: Mapping[str, Any]) -> str:
 
 def page(results: Sequence[Mapping[str, Any]]) -> str:
     """The page of one or several results."""
-    cases: dict[str, Mapping[str, Any]] = {}
-    for result in results:
-        for case in result["cases"]:
-            cases[case["name"]] = case
+    cases = _latest(results)
     families: dict[str, list[Mapping[str, Any]]] = {}
     for case in cases.values():
         families.setdefault(case["name"].partition(".")[0], []).append(case)
@@ -146,12 +145,28 @@ def page(results: Sequence[Mapping[str, Any]]) -> str:
     return "".join(parts) + "</html>\n"
 
 
+def _latest(results: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+    return {case["name"]: {"measured": result["begun"], "load": result["machine"]["load"], **case} for result in results for case in result["cases"]}
+
+
+def merge(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """One result of several: the newest's machine, each case with its own time and load."""
+    newest = max(results, key=lambda r: str(r["begun"]))
+    cases = _latest(results)
+    return {**newest, "failed": sorted({f for r in results for f in r["failed"]} & set(cases)), "cases": list(cases.values())}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="benchmarks.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", nargs="+", type=Path)
     parser.add_argument("--out", type=Path, default=None)
+    parser.add_argument("--merge", type=Path, default=None)
     options = parser.parse_args()
-    text = page([json.loads(p.read_text()) for p in options.results])
+    results = [json.loads(p.read_text()) for p in options.results]
+    if options.merge:
+        results = [merge(results)]
+        options.merge.write_text(json.dumps(results[0], indent=1, ensure_ascii=False) + "\n")
+    text = page(results)
     if options.out:
         options.out.write_text(text)
     else:

@@ -439,6 +439,15 @@ def test_a_text_given_up_in_the_middle_leaves_the_others_alone(place, tokenizer,
         assert next(model.generate([Request(prompts[n], 16)]))[1] == completion
 
 
+def test_long_prompts_are_told_of_while_they_are_read(tokenizer, tmp_path):
+    tiny(transformers.LlamaConfig(**{**SMALL, "max_position_embeddings": 2048}, num_key_value_heads=2), tmp_path / "m", tokenizer)
+    model = load_language(ResolvedModel("own", "1", "language", {"folder": tmp_path / "m"}, tmp_path))
+    prompts = [[(n * k) % 40000 + 5 for n in range(1, 1000)] for k in (3, 5)]
+    told: list[tuple[int, int]] = []
+    list(model.generate([Request(p, 2) for p in prompts], wrote=lambda index, tokens: told.append((index, tokens))))
+    assert sum(tokens == 0 for _, tokens in told) >= 2 * 999 // 192
+
+
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 def test_an_adapter_changes_what_is_written(tokenizer, tmp_path):
     import peft

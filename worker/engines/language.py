@@ -416,8 +416,10 @@ class _Shared:
             return logits[:, -1]
         return logits[0] if self.last_only else logits[0, keep]
 
-    def read(self, prompts: Sequence[list[int]], capacities: Sequence[int]) -> list[tuple[_Row, torch.Tensor]]:
-        """Read prompts: the keys and values of each, and the logits after it."""
+    def read(
+        self, prompts: Sequence[list[int]], capacities: Sequence[int], step: Callable[[], None] = lambda: None
+    ) -> list[tuple[_Row, torch.Tensor]]:
+        """Read prompts: the keys and values of each, and the logits after it. Calls ``step`` after each pass."""
         rows = [_Row(capacity) for capacity in capacities]
         found: dict[int, torch.Tensor] = {}
         while len(found) < len(rows):
@@ -439,6 +441,7 @@ class _Shared:
                 parts.append((index, end))
                 total += end - row.length
             found.update(self._read_parts(rows, prompts, parts))
+            step()
         return [(row, found[index]) for index, row in enumerate(rows)]
 
     def _take_kept(self, row: _Row, prompt: list[int]) -> None:
@@ -587,9 +590,15 @@ class _Single:
     def table(self, rows: int) -> None:
         return None
 
-    def read(self, prompts: Sequence[list[int]], capacities: Sequence[int]) -> list[tuple[Any, torch.Tensor]]:
-        found = [self._forward(None, prompt) for prompt in prompts]
-        return [([cache], logits) for cache, logits in found]
+    def read(
+        self, prompts: Sequence[list[int]], capacities: Sequence[int], step: Callable[[], None] = lambda: None
+    ) -> list[tuple[Any, torch.Tensor]]:
+        found = []
+        for prompt in prompts:
+            cache, logits = self._forward(None, prompt)
+            found.append(([cache], logits))
+            step()
+        return found
 
     def write(self, table: None, rows: Sequence[Any], tokens: Sequence[int]) -> list[torch.Tensor]:
         logits = []
@@ -857,7 +866,13 @@ class LanguageModel:
                 if wanted(index):
                     joining.append(index)
                     held[index] = need
-            for index, row, logits in self._read([(index, requests[index]) for index in joining], alike, read):
+
+            def step(joining: list[int] = joining) -> None:
+                # Long prompts take their time: whoever watches must see that it goes on.
+                for index in (*joining, *running):
+                    wrote(index, len(running[index][1].tokens) if index in running else 0)
+
+            for index, row, logits in self._read([(index, requests[index]) for index in joining], alike, read, step):
                 wrote(index, 0)
                 writer = _Writer(requests[index], _Words(self.tokenizer, requests[index].prompt), self._ends)
                 writer.take(logits)
@@ -882,7 +897,8 @@ class LanguageModel:
                 yield index, completion
 
     def _read(
-        self, joining: Sequence[tuple[int, Request]], alike: Counter[tuple[int, ...]], read: dict[tuple[int, ...], tuple[Any, torch.Tensor]]
+        self, joining: Sequence[tuple[int, Request]], alike: Counter[tuple[int, ...]], read: dict[tuple[int, ...], tuple[Any, torch.Tensor]],
+        step: Callable[[], None],
     ) -> Iterator[tuple[int, Any, torch.Tensor]]:
         """Read the prompts of requests that join the round; equal ones are read once and forked.
 
@@ -890,6 +906,7 @@ class LanguageModel:
             joining: Index and request of each.
             alike: By prompt, how many more requests with it are still to come.
             read: Prompts that were read and are needed again.
+            step: Called after each pass over prompts.
 
         Yields:
             Index, row and the logits after the prompt.
@@ -900,7 +917,7 @@ class LanguageModel:
         fork = isinstance(run, _Shared)
         new = [n for n, key in enumerate(keys) if not fork or (key not in read and keys.index(key) == n)]
         room = [len(keys[n]) if fork and here[keys[n]] + alike[keys[n]] > 1 else len(keys[n]) + joining[n][1].max_tokens for n in new]
-        fresh = dict(zip(new, run.read([list(keys[n]) for n in new], room), strict=True)) if new else {}
+        fresh = dict(zip(new, run.read([list(keys[n]) for n in new], room, step), strict=True)) if new else {}
         if fork:
             read.update({keys[n]: fresh[n] for n in new if here[keys[n]] + alike[keys[n]] > 1})
         for n, (index, request) in enumerate(joining):

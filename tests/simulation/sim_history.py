@@ -129,7 +129,7 @@ class History:
             self.blows = [blow for blow in BLOWS if rng.random() < share]
         else:
             self.blows = []
-        self.chaos_s = rng.choice((15.0, 30.0, 60.0))
+        self.chaos_s = rng.choice((15.0, 25.0, 50.0))
         self.crew = Crew(stage, settings)
         self.scripts: dict[int, dict[str, Any]] = {}
         self.lines: dict[str, list[JobLine]] = {}
@@ -164,7 +164,7 @@ class History:
         wild = rng.choice((0.0, 0.1, 0.3))
         for n in range(rng.choice((0, 1, 2))):
             lines: list[JobLine] = []
-            for position in range(rng.randint(1, 7)):
+            for position in range(rng.randint(1, 6)):
                 parents: tuple[str, ...] = ()
                 params = self.script(index, wild)
                 if lines and rng.random() < 0.3:
@@ -318,10 +318,10 @@ class History:
             if rng.random() < 0.5:
                 with stage.ledger.connection.begin():
                     projects.ensure(stage.ledger.connection, user.project)
-        for _ in range(rng.choice((1, 1, 2, 3))):
+        for _ in range(rng.choice((1, 1, 1, 2, 3))):
             self.crew.worker(rng.choice((["text"], ["text", "train"])))
         self.crew.worker(["text", "train"] if rng.random() < 0.7 else ["train"])
-        for _ in range(rng.choice((1, 1, 2))):
+        for _ in range(rng.choice((1, 1, 1, 2))):
             self.crew.timer(delay=rng.uniform(0, 2))
         self.busy = len(self.users)
         for index, user in enumerate(self.users):
@@ -332,7 +332,7 @@ class History:
         done = stage.run(EPOCH + self.chaos_s + PATIENCE_S)
         stage.facts["over"] = True
         stage.quiet = lambda: False
-        if done and not stage.violations:
+        if done and not stage.violations and rng.random() < 0.4:
             self.tidy()
         Checker(self, done).check()
         steps = stage.ledger.rows(

@@ -34,9 +34,11 @@ from storage.keys import artifact_key
 
 FAULTS = {
     "kill": 0.004, "freeze": 0.002, "abort": 0.02, "unknown": 0.02, "lose": 0.15, "double": 0.15, "reorder": 0.1,
-    "send_unknown": 0.05, "store": 0.1, "store_unknown": 0.1, "late": 0.05,
+    "send_unknown": 0.05, "store": 0.1, "store_unknown": 0.1, "late": 0.1,
 }  # fmt: skip
 """Rates of what may happen at any step; a history has a random subset of them."""
+LATE_SHARE = 0.5
+"""Share of histories in which workers with finished work are held up: nothing else meets a fence as often."""
 BLOWS = ("outage", "broker", "flush", "restore", "store", "tree", "freeze", "cut", "keeper", "drain", "timer", "forge")
 PATIENCE_S = 900.0
 """How long after the end of the chaos everything must be done: the longest way through all retries, and some."""
@@ -125,7 +127,7 @@ class History:
         self.calm = rng.random() < 0.08
         if not self.calm:
             share = rng.choice((0.15, 0.35, 0.6))
-            stage.rates.update({name: rate * rng.choice((0.3, 1.0)) for name, rate in FAULTS.items() if rng.random() < share})
+            stage.rates.update({name: rate * rng.choice((0.3, 1.0)) for name, rate in FAULTS.items() if rng.random() < max(share, LATE_SHARE * (name == "late"))})
             self.blows = [blow for blow in BLOWS if rng.random() < share]
         else:
             self.blows = []

@@ -614,13 +614,13 @@ class Lifecycle(RuleBasedStateMachine):
             assert {k: n for k, n in told[name].items() if n} == want
 
 
-def play(clock: Clock, examples: int, steps: int = 30) -> None:
+def play(clock: Clock, examples: int, steps: int = 30, shrink: bool = True) -> None:
     machine = type("LifecycleMachine", (Lifecycle,), {"clock": clock})
     run_state_machine_as_test(
         machine,
         settings=settings(
             max_examples=examples, stateful_step_count=steps, deadline=None, derandomize=True, database=None,
-            suppress_health_check=list(HealthCheck), report_multiple_bugs=False, phases=(Phase.generate, Phase.shrink) if examples < 100 else (Phase.generate,),
+            suppress_health_check=list(HealthCheck), report_multiple_bugs=False, phases=(Phase.generate, Phase.shrink) if shrink else (Phase.generate,),
         ),
     )  # fmt: skip
 
@@ -644,4 +644,4 @@ def test_postgresql_follows_the_model(postgres_database):
 def test_the_model_catches_planted_bugs(name):
     bug = next(b for b in planted.BUGS if b.name == name)
     with sqlite_clock() as clock, planted.planted(bug), pytest.raises((AssertionError, IntegrityError)):
-        play(clock, 100)
+        play(clock, 100, shrink=False)

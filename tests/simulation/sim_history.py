@@ -225,7 +225,7 @@ class History:
         if what == "cancel batch" and user.batches:
             batch = rng.choice(user.batches)
             stage.note("cancels", batch)
-            user.write(partial(lifecycle.cancel_batch, batch_id=batch, limit=2))
+            user.write(partial(lifecycle.cancel_batch, batch_id=batch, limit=1))
         elif what == "cancel" and known:
             ids = rng.sample(known, min(len(known), rng.choice((1, 1, 3))))
             stage.note("cancels", ids)

@@ -735,7 +735,9 @@ def refuse_doomed(conn: Connection, keys: Collection[str], jobs: Sequence[str] =
     if newest is None:
         return
     begun = conn.execute(select(func.min(Job.started_at)).where(among(conn, Job.id, jobs))).scalar() if jobs else None
-    if newest.at > (begun if begun is not None else database_time(conn) - MARK_S) - MARK_S:
+    # A worker may have put the same bytes for an earlier job and not again for this one (`Executor._put`, a minute at most).
+    put_at = begun - MARK_S if begun is not None else database_time(conn) - MARK_S
+    if newest.at > put_at - MARK_S:
         raise TransientError(f"object {newest.object_key} is being swept; it must be stored again", code="object_swept")
 
 

@@ -11,7 +11,7 @@ from contentfactory.ids import new_id
 from contentfactory.settings import load_settings
 from db import batches, jobs, lifecycle, migrate, registry, retention
 from db.lifecycle import NewArtifact, Stop, Success
-from db.models import Artifact, Attempt, Batch, Event, Job
+from db.models import Artifact, Attempt, Batch, DoomedObject, Event, Job
 from db.session import now
 from producer.enqueue import Producer
 from producer.sweep import sweep
@@ -199,6 +199,7 @@ def test_an_object_put_before_its_deletion_cannot_be_published_after_it(database
     database.run(lambda conn: lifecycle.stop(conn, stopped))
     with database.write() as conn:
         conn.execute(update(Job).where(Job.id == ids[0]).values(run_after=0.0))
+        conn.execute(update(DoomedObject).values(at=now() - 200))  # two minutes later
     [again] = database.run(lambda conn: lifecycle.claim(conn, ids, "w", 30))
     store.put(orphan.object_key, b"orphan", media_type="text/plain")
     assert database.run(lambda conn: lifecycle.finish(conn, [Success(again.id, again.attempt, (orphan,))])) == ids

@@ -81,7 +81,7 @@ def _work(params: list[Any], context: Any) -> Iterator[Any]:
     for job, one in enumerate(params):
         tries = stage.facts["ran", one.n] = stage.facts["ran", one.n] + 1
         # A second attempt may take longer than the first: whoever comes back too late then meets it at work.
-        slow = tries > 1 and one.n and (one.act == "slow" or one.n % 3 == 0)
+        slow = tries > 1 and one.n and (one.act == "slow" or one.n % 2 == 0)
         end = stage.now + (LEASE_S * 0.8 if slow else one.takes)
         while stage.now < end:
             for member in range(job, len(params)):
@@ -321,7 +321,7 @@ class Crew:
     def halt(self, process: Process, long: bool = False) -> None:
         seconds = self.stage.rng.choice((1.0, 5.0, LEASE_S + 8, LEASE_S + 20)[2 * long :])
         keeper = getattr(process, "keeper", None)
-        if process.role == "worker" and keeper and self.stage.rng.random() < 0.8:
+        if process.role == "worker" and keeper and (long or self.stage.rng.random() < 0.8):
             keeper.process.freeze(seconds)
         self.stage.injected[f"{process.role} frozen {'past' if seconds > LEASE_S else 'within'} the lease"] += 1
         process.freeze(seconds)

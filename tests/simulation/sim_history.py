@@ -34,9 +34,11 @@ from storage.keys import artifact_key
 
 FAULTS = {
     "kill": 0.004, "freeze": 0.002, "abort": 0.02, "unknown": 0.02, "lose": 0.15, "double": 0.15, "reorder": 0.1,
-    "send_unknown": 0.05, "store": 0.1, "store_unknown": 0.1, "late": 0.05,
+    "send_unknown": 0.05, "store": 0.1, "store_unknown": 0.1, "late": 0.1,
 }  # fmt: skip
 """Rates of what may happen at any step; a history has a random subset of them."""
+LATE_SHARE = 0.5
+"""Share of histories in which workers with finished work are held up: nothing else meets a fence as often."""
 BLOWS = ("outage", "broker", "flush", "restore", "store", "tree", "freeze", "cut", "keeper", "drain", "timer", "forge")
 PATIENCE_S = 900.0
 """How long after the end of the chaos everything must be done: the longest way through all retries, and some."""
@@ -125,11 +127,11 @@ class History:
         self.calm = rng.random() < 0.08
         if not self.calm:
             share = rng.choice((0.15, 0.35, 0.6))
-            stage.rates.update({name: rate * rng.choice((0.3, 1.0)) for name, rate in FAULTS.items() if rng.random() < share})
+            stage.rates.update({name: rate * rng.choice((0.3, 1.0)) for name, rate in FAULTS.items() if rng.random() < max(share, LATE_SHARE * (name == "late"))})
             self.blows = [blow for blow in BLOWS if rng.random() < share]
         else:
             self.blows = []
-        self.chaos_s = rng.choice((15.0, 30.0, 60.0))
+        self.chaos_s = rng.choice((15.0, 25.0, 50.0))
         self.crew = Crew(stage, settings)
         self.scripts: dict[int, dict[str, Any]] = {}
         self.lines: dict[str, list[JobLine]] = {}
@@ -164,7 +166,7 @@ class History:
         wild = rng.choice((0.0, 0.1, 0.3))
         for n in range(rng.choice((0, 1, 2))):
             lines: list[JobLine] = []
-            for position in range(rng.randint(1, 7)):
+            for position in range(rng.randint(1, 6)):
                 parents: tuple[str, ...] = ()
                 params = self.script(index, wild)
                 if lines and rng.random() < 0.3:
@@ -223,7 +225,7 @@ class History:
         if what == "cancel batch" and user.batches:
             batch = rng.choice(user.batches)
             stage.note("cancels", batch)
-            user.write(partial(lifecycle.cancel_batch, batch_id=batch, limit=2))
+            user.write(partial(lifecycle.cancel_batch, batch_id=batch, limit=1))
         elif what == "cancel" and known:
             ids = rng.sample(known, min(len(known), rng.choice((1, 1, 3))))
             stage.note("cancels", ids)
@@ -318,10 +320,10 @@ class History:
             if rng.random() < 0.5:
                 with stage.ledger.connection.begin():
                     projects.ensure(stage.ledger.connection, user.project)
-        for _ in range(rng.choice((1, 1, 2, 3))):
+        for _ in range(rng.choice((1, 1, 1, 2, 3))):
             self.crew.worker(rng.choice((["text"], ["text", "train"])))
         self.crew.worker(["text", "train"] if rng.random() < 0.7 else ["train"])
-        for _ in range(rng.choice((1, 1, 2))):
+        for _ in range(rng.choice((1, 1, 1, 2))):
             self.crew.timer(delay=rng.uniform(0, 2))
         self.busy = len(self.users)
         for index, user in enumerate(self.users):
@@ -332,7 +334,7 @@ class History:
         done = stage.run(EPOCH + self.chaos_s + PATIENCE_S)
         stage.facts["over"] = True
         stage.quiet = lambda: False
-        if done and not stage.violations:
+        if done and not stage.violations and rng.random() < 0.4:
             self.tidy()
         Checker(self, done).check()
         steps = stage.ledger.rows(

@@ -6,7 +6,7 @@ import planted
 import pytest
 from sim_history import simulation
 
-FIRST, HISTORIES = 1, 150
+FIRST, HISTORIES = 1, 100
 """`make simulate` plays ten thousand."""
 
 

@@ -9,7 +9,7 @@ export VENV TORCH TORCH_INDEX EXTRAS PYTHON
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help setup run test supervisor chaos lint format types bench up down docs clean
+.PHONY: help setup run test simulate chaos lint format types bench up down docs clean
 
 help: ## print this help
 	@echo "make TARGET"
@@ -23,13 +23,11 @@ run: setup ## the main job: texts, speech, pictures, cards and clips of examples
 	@$(BIN)/factory run examples/facts.yaml --deliver delivery
 
 test: setup ## all tests
-	@# Two tests hang when make starts them and pass when pytest is called directly; why is not known yet: see `make supervisor`.
-	@$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile \
-	  --deselect tests/unit/test_supervisor.py::test_nothing_survives_a_sigkill_of_the_supervisor \
-	  --deselect tests/unit/test_supervisor.py::test_stop_from_another_process $(ARGS)
+	@$(BIN)/python scripts/browser.py
+	@$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile $(ARGS)
 
-supervisor: setup ## the supervisor's tests alone
-	@$(BIN)/python -m pytest -q tests/unit/test_supervisor.py
+simulate: setup ## play simulated histories of the lifecycle; HISTORIES=10000 SEED=17 PLANTED=1 (docs/simulation.md)
+	@$(BIN)/python tests/simulation/simulate.py $(if $(PLANTED),--planted,$(if $(SEED),--seed $(SEED),$(if $(HISTORIES),--histories $(HISTORIES))))
 
 chaos: setup ## faults 1 to 17 against real services; FAULT=3,4 SEED=7 JOBS=2000 (docs/chaos.md)
 	@$(BIN)/python tests/chaos/run.py $(if $(FAULT),--fault $(FAULT)) $(if $(SEED),--seed $(SEED)) $(if $(JOBS),--jobs $(JOBS))
@@ -43,8 +41,8 @@ format: setup ## sort imports and mend what ruff can mend by itself
 types: setup ## mypy, strict on contentfactory, db, storage, producer
 	@$(BIN)/mypy
 
-bench: setup ## measurements of this machine
-	@set -e; for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python $$file $(ARGS); done
+bench: setup ## speed of this machine beside other queues and bare libraries; ONLY=queues,accept SIZE=smoke|short|full
+	@$(BIN)/python -m benchmarks --size $(or $(SIZE),short) $(if $(ONLY),--only $(ONLY)) $(ARGS)
 
 up: setup ## start broker, workers, timer and Flower, and stay with them until Ctrl-C
 	@$(BIN)/factory up

@@ -23,6 +23,8 @@ class JobState(StrEnum):
 
 TERMINAL = frozenset({JobState.SUCCEEDED, JobState.FAILED, JobState.DEAD, JobState.CANCELLED})
 ACTIVE = frozenset(JobState) - TERMINAL
+UNWELL = (JobState.FAILED, JobState.DEAD, JobState.CANCELLED)
+"""Terminal states without a result."""
 
 # Reviving a failed parent's children is the one step out of a terminal state's neighbourhood: a child that failed only
 # because its parent did was never run, so the retry makes *new linked jobs* for both and these edges stay closed.

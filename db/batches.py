@@ -10,6 +10,7 @@ from contentfactory.states import ACTIVE, TERMINAL, BatchState, JobState
 from db import lifecycle
 from db.models import Batch, Job
 from db.session import now
+from db.sql import has_state
 
 _COLUMNS = (
     Batch.id, Batch.project_id, Batch.name, Batch.state, Batch.paused, Batch.priority, Batch.source, Batch.source_digest,
@@ -38,10 +39,12 @@ def get(conn: Connection, project_id: str, batch_id: str) -> RowMapping | None:
 
 
 def find_open(conn: Connection, project_id: str, digest: str) -> str | None:
-    """The newest unfinished batch made from the same source."""
+    """The newest unfinished batch made from the same source; one that is being cancelled is not gone on with."""
     query = (
         select(Batch.id)
-        .where(Batch.project_id == project_id, Batch.source_digest == digest, Batch.finished_at.is_(None))
+        .where(
+            Batch.project_id == project_id, Batch.source_digest == digest, Batch.finished_at.is_(None), Batch.state != BatchState.CANCELLING
+        )
         .order_by(Batch.id.desc())
         .limit(1)
     )
@@ -62,14 +65,21 @@ def ids_in(conn: Connection, state: BatchState) -> list[str]:
     return list(conn.execute(query).scalars())
 
 
-def advance(conn: Connection, batch_id: str, old: int, new: int, jobs: int) -> bool:
-    """Move the expander's cursor; False if somebody else has moved it (then roll back: they wrote those rows)."""
+def advance(conn: Connection, batch_id: str, old: int, new: int, jobs: int) -> BatchState | None:
+    """Move the expander's cursor.
+
+    Returns:
+        The batch's state, under a lock until the transaction ends: ``expanding``, or ``cancelling``, and then the rows are to be
+        cancelled at once. None if somebody else has moved the cursor (then write nothing: they wrote those rows).
+    """
     statement = (
         update(Batch)
-        .where(Batch.id == batch_id, Batch.cursor == old, Batch.state == BatchState.EXPANDING)
+        .where(Batch.id == batch_id, Batch.cursor == old, Batch.state.in_((BatchState.EXPANDING, BatchState.CANCELLING)))
         .values(cursor=new, total=Batch.total + jobs)
+        .returning(Batch.state)
     )
-    return conn.execute(statement).rowcount == 1
+    state = conn.execute(statement).scalar()
+    return BatchState(state) if state else None
 
 
 def expanded(conn: Connection, batch_id: str) -> bool:
@@ -99,7 +109,7 @@ def progress(conn: Connection, batch_id: str) -> dict[str, dict[str, int]]:
     """Kind → state → jobs, with ``total``, the terminal states, ``reused``, and of the others ``running`` and ``waiting``."""
     out = lifecycle.counts(conn, batch_id)
     running = conn.execute(
-        select(Job.kind, func.count()).where(Job.batch_id == batch_id, Job.state == JobState.RUNNING).group_by(Job.kind)
+        select(Job.kind, func.count()).where(Job.batch_id == batch_id, has_state(JobState.RUNNING)).group_by(Job.kind)
     )
     for kind, n in running:
         out.setdefault(kind, {})["running"] = n
@@ -121,5 +131,5 @@ def totals(per_kind: Mapping[str, Mapping[str, int]]) -> dict[str, int]:
 
 def active_jobs(conn: Connection, batch_id: str) -> int:
     """Jobs that are not terminal, counted from the rows."""
-    query = select(func.count()).select_from(Job).where(Job.batch_id == batch_id, Job.state.in_(list(ACTIVE)))
+    query = select(func.count()).select_from(Job).where(Job.batch_id == batch_id, has_state(*sorted(ACTIVE)))
     return int(conn.execute(query).scalar_one())

@@ -9,6 +9,7 @@ import random
 from collections import Counter, defaultdict, deque
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 from sqlalchemy import (
@@ -32,6 +33,7 @@ from contentfactory.errors import DependencyFailed, TransientError
 from contentfactory.ids import new_id
 from contentfactory.jobs.spec import RetryPolicy, get_kind
 from contentfactory.states import TERMINAL, BatchState, JobState, Priority
+from db import limits, warm
 from db.models import (
     Artifact,
     Attempt,
@@ -54,6 +56,10 @@ from db.sql import among, dumps, has_state, insert_rows
 
 CHUNK = 500
 """Ids in one statement: below SQLite's limit on variables, and short transactions on both."""
+
+
+MARK_S = 60.0
+"""How long who marked an object may take to delete it, seconds: attempts that began later than that need not mind the mark."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -311,6 +317,7 @@ def dispatch(conn: Connection, queue: str, *, cap_s: float, max_jobs: int = 4096
     candidates = _candidates(conn, queue, at, window)
     if not candidates:
         return []
+    bounds = limits.caps(conn, queue, {key for rows in candidates.values() for key in rows.share_keys}, at, worker_seen_s)
     known = conn.execute(
         select(Project.id, Project.weight, Share.virtual_seconds)
         .outerjoin(Share, and_(Share.project_id == Project.id, Share.queue == queue))
@@ -324,19 +331,25 @@ def dispatch(conn: Connection, queue: str, *, cap_s: float, max_jobs: int = 4096
     served: set[str] = set()
     taken = 0
     idle = int(look.jobs) == 0
+    prefer = warm.Preference(conn, queue, at, worker_seen_s)
     while candidates and (room_s > 0 or room_jobs > 0) and taken < most:
         project = min(candidates, key=lambda p: (-candidates[p].head.priority, virtual.get(p, floor), p))
-        group = candidates[project].take()
-        head = group[0]
+        rows = candidates[project].front(warm.AHEAD + 1)
+        place, company = prefer.pick(project, rows)
+        head = rows[place]
         spec = get_kind(head.kind)
+        limit = min(spec.max_group, bounds.get(head.share_key, spec.max_group), company or spec.max_group)
+        group = candidates[project].take(head, limit)
         alone_too_early = (
-            len(group) < spec.max_group and spec.wait_s > 0 and not idle and head.priority < Priority.INTERACTIVE
+            len(group) < limit and spec.wait_s > 0 and not idle and head.priority < Priority.INTERACTIVE
             and at - max(head.created_at, head.run_after) < spec.wait_s
         )  # fmt: skip
         if not candidates[project]:
             del candidates[project]
         if alone_too_early:
             continue
+        if place:
+            prefer.passed(project, rows[0].id, len(group))
         cost = sum(row.seconds for row in group)
         virtual[project] = virtual.get(project, floor) + cost / weights.get(project, 1.0)
         served.add(project)
@@ -347,6 +360,7 @@ def dispatch(conn: Connection, queue: str, *, cap_s: float, max_jobs: int = 4096
         idle = False
     if not hints:
         return []
+    prefer.save()
     statement = (
         update(Job)
         .where(among(conn, Job.id, [i for _, _, ids in hints for i in ids]), has_state(JobState.QUEUED))
@@ -403,14 +417,28 @@ class _Waiting:
         bool(self)
         return self._rows[self._next]
 
-    def take(self) -> list[Any]:
-        """The head and those behind it that may share its forward pass; each row may bound its company."""
-        head = self.head
+    @property
+    def share_keys(self) -> set[str]:
+        """What the rows could share."""
+        return {key for key, _ in self._alike}
+
+    def front(self, count: int) -> list[Any]:
+        """The next rows in their order; ask whether there is one first."""
+        bool(self)
+        found: list[Any] = []
+        for row in islice(self._rows, self._next, None):
+            if row.id not in self._taken:
+                found.append(row)
+                if len(found) == count:
+                    break
+        return found
+
+    def take(self, head: Any, most: int) -> list[Any]:
+        """A row and those behind it that may share its forward pass, at most so many; each row may bound its company."""
         alike = self._alike[(head.share_key, head.priority)]
-        most = get_kind(head.kind).max_group
         group: list[Any] = []
         left: list[Any] = []
-        while alike and len(group) < min(most, head.group_limit or most):
+        while alike and len(group) < most:
             row = alike.popleft()
             if group and row.group_limit and len(group) >= row.group_limit:
                 left.append(row)
@@ -435,7 +463,7 @@ def _candidates(conn: Connection, queue: str, at: float, window: int) -> dict[st
         if project in paused:
             continue
         query = (
-            select(Job.id, Job.kind, Job.priority, Job.share_key, Job.seconds, Job.group_limit, Job.created_at, Job.run_after)
+            select(Job.id, Job.kind, Job.priority, Job.share_key, Job.seconds, Job.group_limit, Job.created_at, Job.run_after, Job.model)
             .where(has_state(JobState.QUEUED), Job.queue == queue, Job.project_id == project, Job.run_after <= at)
             .where(or_(Job.batch_id.is_(None), Job.batch_id.not_in(held)))
             .order_by(Job.band, Job.rank, Job.id)
@@ -447,10 +475,11 @@ def _candidates(conn: Connection, queue: str, at: float, window: int) -> dict[st
     return found
 
 
-def undispatch(conn: Connection, ids: Sequence[str]) -> int:
-    """Put jobs back whose hint could not be published."""
-    statement = update(Job).where(among(conn, Job.id, ids), has_state(JobState.DISPATCHED)).values(state=JobState.QUEUED, dispatched_at=None)
-    return conn.execute(statement).rowcount
+def undispatch(conn: Connection, ids: Sequence[str], delay_s: float = 0.0) -> int:
+    """Put jobs back whose hint could not be published, or cannot be served for ``delay_s`` seconds."""
+    later = {"run_after": now() + delay_s} if delay_s > 0 else {}
+    waiting = update(Job).where(among(conn, Job.id, ids), has_state(JobState.DISPATCHED))
+    return conn.execute(waiting.values(state=JobState.QUEUED, dispatched_at=None, **later)).rowcount
 
 
 def rescue_dispatched(conn: Connection, queue: str, before: float) -> int:
@@ -548,17 +577,23 @@ def heartbeat(conn: Connection, held: Mapping[tuple[str, int], tuple[float | Non
     Args:
         conn: Connection in a write transaction.
         held: (job id, attempt) → (progress in [0, 1] or None, message or None) of everything this worker runs.
-        lease_s: New length of the lease from now, seconds.
+        lease_s: New length of the lease from now, seconds. A lease of which two thirds are left is not written again.
     """
     alive: dict[tuple[str, int], bool] = {}
     for attempt, ids in _by_attempt(held).items():
-        statement = (
-            update(Job)
-            .where(among(conn, Job.id, ids), Job.attempt == attempt, has_state(JobState.RUNNING))
-            .values(lease_until=now() + lease_s)
-            .returning(Job.id, Job.cancel_requested)
-        )
-        alive.update({(row.id, attempt): row.cancel_requested for row in conn.execute(statement)})
+        mine = (among(conn, Job.id, ids), Job.attempt == attempt, has_state(JobState.RUNNING))
+        found = conn.execute(select(Job.id, Job.cancel_requested, Job.lease_until - now()).where(*mine)).all()
+        alive.update({(row[0], attempt): row[1] for row in found})
+        aged = [row[0] for row in found if row[2] is None or row[2] < lease_s * 2 / 3]
+        if aged:
+            renewed = conn.execute(
+                update(Job)
+                .where(among(conn, Job.id, aged), Job.attempt == attempt, has_state(JobState.RUNNING))
+                .values(lease_until=now() + lease_s)
+                .returning(Job.id)
+            )
+            for job_id in set(aged) - set(renewed.scalars()):
+                alive.pop((job_id, attempt))  # it ended between the two statements
     for key, (progress, message) in held.items():
         if key in alive and (progress is not None or message):
             conn.execute(
@@ -612,7 +647,7 @@ def finish(conn: Connection, results: Sequence[Success]) -> list[str]:
         return []
     at = database_time(conn)
     published = [r for r in results if (row := done.get(r.job_id)) is not None and row.attempt == r.attempt]
-    refuse_doomed(conn, {a.object_key for r in published for a in r.artifacts})
+    refuse_doomed(conn, {a.object_key for r in published for a in r.artifacts}, list(done))
     _refuse_gone(conn, {a.object_key for r in published if r.reused_from for a in r.artifacts})
     artifacts: list[tuple[Any, ...]] = []
     for result in published:
@@ -676,22 +711,32 @@ def insert_model(conn: Connection, row: dict[str, Any]) -> str:
     return version
 
 
-def refuse_doomed(conn: Connection, keys: Collection[str]) -> None:
-    """Make sure that the sweep deletes none of these objects: called before rows that point at them are written.
+def refuse_doomed(conn: Connection, keys: Collection[str], jobs: Sequence[str] = ()) -> None:
+    """Make sure that none of these objects is, or was, deleted: called before rows that point at them are written.
 
-    The shared lock lasts to the end of the transaction. The sweep takes it exclusively to mark what it will delete, and
-    looks for references after that; so either it sees our rows, or we see its mark.
+    The shared lock lasts to the end of the transaction. Who deletes takes it exclusively to mark what goes, and looks for
+    references after that; so either they see our rows, or we see their mark. A mark outlives the deletion: an object that was
+    put before it and is committed after it would be missed otherwise.
+
+    Args:
+        conn: Connection in a write transaction.
+        keys: Keys of the objects.
+        jobs: Running jobs whose attempts have put them; left out, they were put within the last minute.
 
     Raises:
-        TransientError: If one is marked; put it again in another attempt.
+        TransientError: If one is marked and was not surely put after its deletion; put it again in another attempt.
     """
     if not keys:
         return
     if conn.dialect.name == "postgresql":
         conn.execute(text("SELECT pg_advisory_xact_lock_shared(hashtext('factory:sweep'))"))
-    doomed = conn.execute(select(DoomedObject.object_key).where(among(conn, DoomedObject.object_key, keys)).limit(1)).scalar()
-    if doomed:
-        raise TransientError(f"object {doomed} is being swept; it must be stored again", code="object_swept")
+    query = select(DoomedObject.at, DoomedObject.object_key).where(among(conn, DoomedObject.object_key, keys))
+    newest = conn.execute(query.order_by(DoomedObject.at.desc()).limit(1)).one_or_none()
+    if newest is None:
+        return
+    begun = conn.execute(select(func.min(Job.started_at)).where(among(conn, Job.id, jobs))).scalar() if jobs else None
+    if newest.at > (begun if begun is not None else database_time(conn) - MARK_S) - MARK_S:
+        raise TransientError(f"object {newest.object_key} is being swept; it must be stored again", code="object_swept")
 
 
 def _refuse_gone(conn: Connection, keys: Collection[str]) -> None:
@@ -717,7 +762,7 @@ def publish(conn: Connection, job_id: str, attempt: int, artifact: NewArtifact) 
     ).one_or_none()
     if row is None:
         return False
-    refuse_doomed(conn, [artifact.object_key])
+    refuse_doomed(conn, [artifact.object_key], [job_id])
     conn.execute(delete(Artifact).where(Artifact.job_id == job_id, Artifact.name == artifact.name))
     last = conn.execute(select(func.max(Artifact.position)).where(Artifact.job_id == job_id)).scalar()
     # Published ones sort behind the outputs that the commit will number from 0.
@@ -922,7 +967,7 @@ def _fail_children(conn: Connection, parents: Sequence[str]) -> None:
 
 
 def reap(conn: Connection, *, lease_s: float, period_s: float, limit: int = 1000) -> dict[str, int]:
-    """Return jobs whose lease ran out. After an outage of the reaper itself it first extends leases once.
+    """Return jobs whose lease ran out. After an outage of the reaper itself, and when it has never run, it first extends leases once.
 
     Returns:
         Count by new state, plus ``extended``.
@@ -930,7 +975,7 @@ def reap(conn: Connection, *, lease_s: float, period_s: float, limit: int = 1000
     at = database_time(conn)
     last = conn.execute(select(Mark.value).where(Mark.name == "reaper").with_for_update()).scalar()
     _set_mark(conn, "reaper", at)
-    if last is not None and at - last > max(3 * period_s, lease_s / 2):
+    if last is None or at - last > max(3 * period_s, lease_s / 2):
         # Nobody could renew while the database or the whole factory was away: give live workers one lease to say so.
         n = conn.execute(
             update(Job).where(has_state(JobState.RUNNING), Job.lease_until < at + lease_s).values(lease_until=at + lease_s)
@@ -1027,10 +1072,14 @@ def counts(conn: Connection, batch_id: str) -> dict[str, dict[str, int]]:
     return dict(out)
 
 
-def with_waiting_jobs(conn: Connection, batch_ids: Iterable[str]) -> set[str]:
-    """Those of the batches in which a job waits still: they cannot be finished, and counting them would be for nothing."""
-    waits = select(Job.id).where(Job.batch_id == Batch.id, has_state(JobState.BLOCKED, JobState.QUEUED)).exists()
-    return set(conn.execute(select(Batch.id).where(among(conn, Batch.id, batch_ids), waits)).scalars())
+def all_ended(conn: Connection, batch_ids: Iterable[str]) -> set[str]:
+    """Those of the batches all of whose jobs have ended by the counters: a look that needs no write transaction."""
+    totals = conn.execute(select(Batch.id, Batch.total).where(among(conn, Batch.id, batch_ids), Batch.finished_at.is_(None))).all()
+    return {row.id for row in totals if _ended_jobs(counts(conn, row.id)) >= row.total}
+
+
+def _ended_jobs(per_kind: Mapping[str, Mapping[str, int]]) -> int:
+    return sum(n for states in per_kind.values() for state, n in states.items() if state in TERMINAL)
 
 
 def close_batches(conn: Connection, batch_ids: Iterable[str] | None = None) -> list[str]:
@@ -1039,16 +1088,17 @@ def close_batches(conn: Connection, batch_ids: Iterable[str] | None = None) -> l
     Returns:
         Ids of the batches that this call finished.
     """
-    query = select(Batch.id, Batch.project_id, Batch.state, Batch.total).where(
+    query = select(Batch.id, Batch.project_id, Batch.state, Batch.total, Batch.cursor, Batch.source).where(
         Batch.finished_at.is_(None), Batch.state.in_((BatchState.RUNNING, BatchState.CANCELLING))
     )
     if batch_ids is not None:
         query = query.where(Batch.id.in_(list(batch_ids)))
     closed = []
     for row in conn.execute(query).all():
+        if row.cursor < row.source.get("jobs", 0):
+            continue  # cancelled while it was expanding: the lines that are no rows yet have been accepted too
         per_kind = counts(conn, row.id)
-        ended = sum(n for states in per_kind.values() for state, n in states.items() if state in TERMINAL)
-        if ended < row.total:
+        if _ended_jobs(per_kind) < row.total:
             continue
         state = BatchState.CANCELLED if row.state == BatchState.CANCELLING else BatchState.COMPLETED
         hit = conn.execute(
@@ -1096,7 +1146,7 @@ def cancel_batch(conn: Connection, batch_id: str, limit: int = 2000) -> int:
     """Cancel up to ``limit`` waiting jobs of a batch and ask its running ones to stop.
 
     The batch turns ``cancelling`` at once, which keeps every one of its jobs from being claimed; the timer calls this
-    again until nothing waits.
+    again until nothing waits. Lines that are no rows yet become cancelled rows: the expander goes on.
 
     Returns:
         Jobs that still wait.

@@ -190,7 +190,8 @@ class Job(Base):
         Index("uq_jobs_idempotency_key", "project_id", "idempotency_key", unique=True, postgresql_where=_KEYED, sqlite_where=_KEYED),
         Index("ix_jobs_queued", "queue", "project_id", "band", "rank", "id", postgresql_where=_QUEUED, sqlite_where=_QUEUED),
         Index("ix_jobs_dispatched", "queue", "dispatched_at", postgresql_where=_DISPATCHED, sqlite_where=_DISPATCHED),
-        Index("ix_jobs_running", "lease_until", postgresql_where=_RUNNING, sqlite_where=_RUNNING),
+        # By what never changes while a job runs, so that a heartbeat touches no index. Running jobs are few.
+        Index("ix_jobs_running", "id", postgresql_where=_RUNNING, sqlite_where=_RUNNING),
         Index("ix_jobs_result", "result_key", postgresql_where=_KEPT, sqlite_where=_KEPT),
         Index("ix_jobs_batch_line", "batch_id", "line", "id", postgresql_where=_BATCHED, sqlite_where=_BATCHED),
         # What is looked for in a large batch and rarely there: these cost nothing on the way of a job that succeeds.
@@ -275,6 +276,20 @@ class ModelVersion(Base):
     __table_args__ = (UniqueConstraint("project_id", "name", "version"),)
 
 
+class ModelTuning(Base):
+    """Inference options that were measured for a model version and chosen; the tag is part of the version jobs are pinned to."""
+
+    __tablename__ = "model_tunings"
+    project_id: Mapped[str] = mapped_column(ID, ForeignKey("projects.id"), primary_key=True)
+    model: Mapped[str] = mapped_column(String(280), primary_key=True)
+    tag: Mapped[str] = mapped_column(String(16), primary_key=True)
+    device: Mapped[str] = mapped_column(String(40))
+    options: Mapped[dict[str, Any]] = mapped_column(default=dict)
+    report: Mapped[dict[str, Any]] = mapped_column(default=dict)
+    active: Mapped[bool] = mapped_column(Boolean, default=True)
+    created_at: Mapped[float]
+
+
 class Dataset(Base):
     """A registered version of a data set: its digest and its bytes."""
 
@@ -316,6 +331,36 @@ class Worker(Base):
     seen_at: Mapped[float]
     running: Mapped[int] = mapped_column(default=0)
     models: Mapped[list[Any]] = mapped_column(default=list)
+
+
+class GroupLimit(Base):
+    """What was learned of micro-batches that share a forward pass (kind, model version, shape) on one make of device."""
+
+    __tablename__ = "group_limits"
+    share_key: Mapped[str] = mapped_column(String(40), primary_key=True)
+    device: Mapped[str] = mapped_column(String(40), primary_key=True)
+    kind: Mapped[str] = mapped_column(String(80))
+    model: Mapped[str | None] = mapped_column(String(300))
+    # Jobs; 0 where nothing is known. `db.limits.Limit` says what each means.
+    most: Mapped[int] = mapped_column(default=0)
+    fits: Mapped[int] = mapped_column(default=0)
+    refused: Mapped[int] = mapped_column(default=0)
+    refusals: Mapped[int] = mapped_column(default=0)
+    streak: Mapped[int] = mapped_column(default=0)
+    best: Mapped[int] = mapped_column(default=0)
+    speed: Mapped[dict[str, Any]] = mapped_column(default=dict)
+    how: Mapped[str] = mapped_column(String(16), default="")
+    learned_at: Mapped[float]
+
+
+class Overtaken(Base):
+    """The job at the head of a project's queue that others with a warm model have passed, and how many did."""
+
+    __tablename__ = "overtaken"
+    queue: Mapped[str] = mapped_column(String(40), primary_key=True)
+    project_id: Mapped[str] = mapped_column(ID, ForeignKey("projects.id"), primary_key=True)
+    job_id: Mapped[str] = mapped_column(ID)
+    passed: Mapped[int] = mapped_column(default=0)
 
 
 class DoomedObject(Base):

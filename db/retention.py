@@ -2,9 +2,10 @@
 
 from collections.abc import Sequence
 
-from sqlalchemy import Connection, String, cast, delete, or_, select, text
+from sqlalchemy import Connection, String, cast, delete, or_, select, text, update
 
 from contentfactory.states import ACTIVE, TERMINAL
+from db.lifecycle import MARK_S
 from db.models import (
     Artifact,
     Attempt,
@@ -122,19 +123,31 @@ def referenced(conn: Connection, keys: Sequence[str]) -> set[str]:
 
 def doom(conn: Connection, keys: Sequence[str]) -> None:
     """Mark objects as about to be deleted, once every transaction that may be writing rows for them has ended."""
+    if not keys:
+        return
+    hold(conn)
+    statement = insert_for(conn, DoomedObject).values([{"object_key": key, "at": now()} for key in keys])
+    conn.execute(statement.on_conflict_do_update(index_elements=[DoomedObject.object_key], set_={"at": now()}))
+
+
+def hold(conn: Connection) -> None:
+    """Let nobody write rows for objects until this transaction ends; those who are at it are waited for."""
     if conn.dialect.name == "postgresql":
         conn.execute(text("SELECT pg_advisory_xact_lock(hashtext('factory:sweep'))"))
-    statement = insert_for(conn, DoomedObject).values([{"object_key": key, "at": now()} for key in keys])
-    conn.execute(statement.on_conflict_do_nothing())
+
+
+def gone(conn: Connection, keys: Sequence[str]) -> None:
+    """The marked objects are deleted. Their marks stay for those who put them before, and let later attempts pass."""
+    conn.execute(update(DoomedObject).where(DoomedObject.object_key.in_(list(keys))).values(at=now() - MARK_S))
 
 
 def spare(conn: Connection, keys: Sequence[str]) -> None:
-    """Take the marks away: the objects are gone, or stay after all."""
+    """Take the marks away: the objects stay, or went long ago."""
     conn.execute(delete(DoomedObject).where(DoomedObject.object_key.in_(list(keys))))
 
 
 def left_over(conn: Connection, older_than_s: float) -> list[str]:
-    """Marks of a sweep that died half-way."""
+    """Marks that nobody needs any more: of a sweep that died half-way, and of what went longer ago than any commit waits."""
     return list(conn.execute(select(DoomedObject.object_key).where(DoomedObject.at < now() - older_than_s)).scalars())
 
 

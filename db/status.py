@@ -8,6 +8,7 @@ from sqlalchemy import Connection, RowMapping, func, select
 from contentfactory.states import JobState
 from db.models import Job, Queue, Worker
 from db.session import now
+from db.sql import has_state
 
 
 def workers(conn: Connection, seen_s: float) -> Sequence[RowMapping]:
@@ -25,7 +26,7 @@ def queues(conn: Connection, names: Sequence[str]) -> list[dict[str, Any]]:
     for name in names:
         row: dict[str, Any] = {"queue": name}
         for state in states:
-            query = select(func.count()).select_from(Job).where(Job.queue == name, Job.state == state)
+            query = select(func.count()).select_from(Job).where(Job.queue == name, has_state(state))
             row[str(state)] = int(conn.execute(query).scalar_one())
         row["workers"] = sum(1 for w in live if name in w["queues"])
         row["paused"] = "yes" if name in paused else ""

@@ -19,7 +19,7 @@ from contentfactory.errors import Conflict, FactoryError, InputError, NotFound, 
 from contentfactory.ids import is_id, new_id, stable_seed
 from contentfactory.jobs.spec import Params, canonical, get_kind, iter_inputs, iter_refs, put_at, takes_media
 from contentfactory.settings import Settings
-from contentfactory.states import TERMINAL, BatchState, JobState, Priority
+from contentfactory.states import TERMINAL, UNWELL, BatchState, JobState, Priority
 from db import batches, jobs, lifecycle, projects, registry
 from db.session import Database
 from producer import manifest as manifests
@@ -473,7 +473,8 @@ class Producer:
         """Write a batch's rows, chunk by chunk, from where the last expander stopped. Several may try: the cursor decides.
 
         Args:
-            batch_id: Batch in state ``expanding``.
+            batch_id: Batch in state ``expanding``; or ``cancelling``, and then its lines become cancelled jobs, for every accepted
+                line ends as a row.
             seconds: Longest time to spend; None to go on to the end.
 
         Returns:
@@ -485,7 +486,8 @@ class Producer:
             row = batches.get(conn, project_id, batch_id) if project_id else None
         if row is None:
             raise NotFound(f"batch {batch_id} does not exist")
-        if row["state"] != BatchState.EXPANDING:
+        cancelling = row["state"] == BatchState.CANCELLING and row["cursor"] < row["source"].get("jobs", 0)
+        if row["state"] != BatchState.EXPANDING and not cancelling:
             return True
         cursor = row["cursor"]
         rank0 = int(row["created_at"] * 1000) * 1_000_000
@@ -586,13 +588,16 @@ class Producer:
 
         def work(conn: Any) -> bool:
             nonlocal unsure
-            if not batches.advance(conn, batch_id, old, new, len(rows)):
+            state = batches.advance(conn, batch_id, old, new, len(rows))
+            if state is None:
                 # Where the answer to our own commit was lost, the one who moved the cursor was this call.
                 row = batches.get(conn, project_id, batch_id) if unsure else None
                 return row is not None and row["cursor"] == new
             unsure = True
             # The cursor moves in the same transaction, so nobody can have written these rows before.
             lifecycle.insert_jobs(conn, rows, fresh=True)
+            if state == BatchState.CANCELLING:
+                lifecycle.cancel_jobs(conn, [row.id for row in rows])
             return True
 
         return self.database.run(work)
@@ -699,7 +704,7 @@ class Producer:
         return made
 
 
-RETRYABLE = (JobState.FAILED, JobState.DEAD, JobState.CANCELLED)
+RETRYABLE = UNWELL
 
 
 def _replay(conn: Any, rows: Sequence[Any], batch_id: str | None) -> list[lifecycle.NewJob]:

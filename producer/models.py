@@ -1,6 +1,6 @@
 """Models by name, as producers see them: the project's registry first, then the catalogue."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from sqlalchemy import Connection
@@ -8,7 +8,7 @@ from sqlalchemy import Connection
 from contentfactory.catalogue import CatalogueModel, load_catalogue
 from contentfactory.errors import InputError
 from contentfactory.jobs.spec import KindSpec
-from db import registry
+from db import registry, tunings
 
 
 @dataclass(frozen=True)
@@ -16,24 +16,47 @@ class PinnedModel:
     """A model version that a job will use.
 
     Args:
-        key: ``name@version``, as stored with the job.
+        key: ``name@version``, as stored with the job; ``name@version+tag`` where it runs with chosen inference options.
         tasks: Kinds that it can serve.
         row: Registry row, where it is a registered one.
         entry: Catalogue entry, where it is a known one.
+        tuning: Chosen inference options.
+        tag: Their tag.
     """
 
     key: str
     tasks: tuple[str, ...]
     row: dict[str, Any] | None = None
     entry: CatalogueModel | None = None
+    tuning: dict[str, Any] | None = None
+    tag: str = ""
 
 
 def find(conn: Connection, project_id: str, name: str) -> PinnedModel:
-    """Find a model by ``name`` or ``name@version``.
+    """Find a model by ``name``, ``name@version`` or ``name@version+tag``.
+
+    A plain name means the newest version as it was tuned last (``factory tune``); a version means it as it is, without
+    chosen options; a tag means those.
 
     Raises:
         InputError: If there is none; the message names close ones.
     """
+    plain, at, version = name.partition("@")
+    base, plus, tag = version.rpartition("+")
+    if plus:
+        found = _find(conn, project_id, f"{plain}@{base}")
+        row = tunings.get(conn, project_id, found.key, tag)
+        if row is None:
+            raise InputError(f"model {found.key} has no inference options {tag!r}", code="unknown_model", param="model")
+    else:
+        found = _find(conn, project_id, name)
+        row = None if at else tunings.active(conn, project_id, found.key)
+    if row is None:
+        return found
+    return replace(found, key=f"{found.key}+{row['tag']}", tuning=dict(row["options"]), tag=row["tag"])
+
+
+def _find(conn: Connection, project_id: str, name: str) -> PinnedModel:
     plain, _, version = name.partition("@")
     row = registry.model(conn, project_id, plain, version or None)
     if row is not None:

@@ -4,7 +4,7 @@ import json
 import time
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import redis
 from redis.exceptions import RedisError
@@ -12,8 +12,11 @@ from redis.exceptions import RedisError
 from contentfactory.errors import ServiceUnavailable
 from contentfactory.settings import Settings
 from contentfactory.states import Priority
-from db.lifecycle import Hint
 from producer import transport
+
+if TYPE_CHECKING:
+    # Not loaded: Flower and a worker's parent come through here and never touch the ledger.
+    from db.lifecycle import Hint
 
 URGENT, ORDINARY = 0, 9
 """Redis priorities: 0 leaves first. Interactive jobs overtake the minute of bulk work that waits in the broker."""
@@ -64,7 +67,7 @@ class Publisher:
         # Where kombu publishes events: a channel of the broker's database, of the exchange, of the routing key.
         self._events = f"/{self._redis.connection_pool.connection_kwargs.get('db') or 0}.celeryev/task.sent"
 
-    def send(self, hints: Sequence[Hint]) -> list[Hint]:
+    def send(self, hints: Sequence["Hint"]) -> "list[Hint]":
         """Publish micro-batches: all of them in one round trip, as messages that Celery itself would have written.
 
         Returns:

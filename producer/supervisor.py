@@ -10,6 +10,7 @@ guard (`producer.guard`), which also finds grandchildren and survives a SIGKILL 
 
 import fcntl
 import json
+import math
 import os
 import secrets
 import shutil
@@ -199,16 +200,19 @@ def plan(
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONFAULTHANDLER": "1",
     }
-    ping = _Ping(settings)
-    for queues, count in chosen.items():
-        for number in range(1, count + 1):
-            name = queues.replace(",", "-") + (f"-{number}" if count > 1 else "")
-            services.append(
-                Service(
-                    name, worker_command(settings, queues, name), env, ready=partial(ping, worker_host(name)),
-                    group="workers", stop_timeout_s=settings.drain_s,
-                )
-            )  # fmt: skip
+    names = {
+        queues.replace(",", "-") + (f"-{number}" if count > 1 else ""): queues
+        for queues, count in chosen.items() for number in range(1, count + 1)
+    }  # fmt: skip
+    ping = _Ping(settings, [worker_host(name) for name in names])
+    for name, queues in names.items():
+        command = ["worker.lean" if part == "celery" else part for part in worker_command(settings, queues, name)]
+        services.append(
+            Service(
+                name, command, env, ready=partial(ping, worker_host(name)),
+                group="workers", stop_timeout_s=settings.drain_s,
+            )
+        )  # fmt: skip
     return services
 
 
@@ -238,11 +242,14 @@ def _answers(url: str) -> bool:
 
 
 class _Ping:
-    """Asks a Celery worker whether it consumes."""
+    """Asks the Celery workers whether they consume: all at once, for one that does not answer costs the whole wait."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, hosts: Sequence[str]) -> None:
         self._settings = settings
+        self._hosts = list(hosts)
         self._app: Any = None
+        self._asked = -math.inf
+        self._answered: set[str] = set()
 
     def __call__(self, host: str) -> bool:
         from celery import Celery
@@ -254,10 +261,14 @@ class _Ping:
             self._app = Celery("supervisor", broker=self._settings.broker(), set_as_current=False)
             # With its timeouts, and with its check of whatever answers.
             self._app.conf.update(celery_options())
-        try:
-            return bool(self._app.control.ping(destination=[host], timeout=0.5, limit=1))
-        except (OperationalError, OSError):
-            return False
+        if time.monotonic() - self._asked > TICK_S:
+            try:
+                answers = self._app.control.ping(destination=self._hosts, timeout=0.3, limit=len(self._hosts))
+                self._answered = {name for answer in answers for name in answer}
+            except (OperationalError, OSError):
+                self._answered = set()
+            self._asked = time.monotonic()
+        return host in self._answered
 
 
 # Running
@@ -282,7 +293,8 @@ class Supervisor:
     """Holds the processes of one state folder; use it as a context manager.
 
     In the main thread it turns SIGTERM and SIGHUP into `Interrupted`, as Ctrl-C raises `KeyboardInterrupt`, so that the
-    ``with`` block ends and everything is stopped in order; the next signal after that kills at once.
+    ``with`` block ends and everything is stopped in order; the next signal after that kills at once. Under ``nohup`` SIGHUP
+    stays ignored.
 
     Args:
         settings: Settings.
@@ -663,6 +675,10 @@ class Supervisor:
         if threading.current_thread() is not threading.main_thread():
             return
         for sig in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            # nohup has it stay when the terminal closes. SIGINT is caught all the same: a shell ignores it in what runs in
+            # the background, and the services, which have sessions of their own, would not hear it either.
+            if sig == signal.SIGHUP and signal.getsignal(sig) == signal.SIG_IGN:
+                continue
             self._old_handlers[sig] = signal.signal(sig, self._on_signal)
 
     def _restore_signals(self) -> None:

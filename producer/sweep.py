@@ -4,7 +4,6 @@ import itertools
 import os
 import re
 import shutil
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -13,13 +12,17 @@ from typing import Any
 import structlog
 
 from contentfactory.settings import Settings
-from db import retention
+from db import lifecycle, retention
 from db.session import Database
 from storage.base import ObjectStore
 
 log = structlog.get_logger(__name__)
 
-PAGE = 500
+PAGE = 100
+PATIENCE_S = lifecycle.MARK_S / 4
+"""A sweep that has taken so long since it marked a page lets it be: its marks will not protect anybody much longer."""
+MARKS_KEPT_S = 3600.0
+"""How long a mark outlives the deletion: longer than finished work waits for its commit."""
 _SCRATCH = re.compile(r"-(\d+)-[^-]*$")
 
 
@@ -68,7 +71,7 @@ def _all(database: Database, work: Callable[[Any], int]) -> int:
 
 def _objects(settings: Settings, database: Database, store: ObjectStore, out: Swept, dry_run: bool) -> None:
     if not dry_run:
-        leftovers = database.run(partial(retention.left_over, older_than_s=600.0))
+        leftovers = database.run(partial(retention.left_over, older_than_s=MARKS_KEPT_S))
         if leftovers:
             database.run(partial(retention.spare, keys=leftovers))
     with database.read() as conn:
@@ -76,7 +79,9 @@ def _objects(settings: Settings, database: Database, store: ObjectStore, out: Sw
             # A ledger that was just made, or the wrong one, knows no object: everything in the store would be an orphan.
             log.warning("sweep_skipped", action="sweep", reason="the ledger has no artifact; is it the right one for this store?")
             return
-    found = (item for item in store.list("projects/") if item.modified_at < time.time() - settings.sweep_window_s)
+        # The ledger's clock: this machine's may be a day ahead, and everything would look old.
+        edge = lifecycle.database_time(conn) - settings.sweep_window_s
+    found = (item for item in store.list("projects/") if item.modified_at < edge)
     while page := list(itertools.islice(found, PAGE)):
         sizes = {item.key: item.size for item in page}
         with database.read() as conn:
@@ -90,22 +95,26 @@ def _objects(settings: Settings, database: Database, store: ObjectStore, out: Sw
 
 
 def _delete(settings: Settings, database: Database, store: ObjectStore, orphans: list[str], sizes: dict[str, int], out: Swept) -> None:
-    """Mark, look again, delete, unmark: nobody can begin to point at an object between the look and the deletion."""
+    """Mark, look again, delete: nobody can begin to point at an object between the look and the deletion, nor at a deleted one."""
     database.run(partial(retention.doom, keys=orphans))
+    gone: list[str] = []
     try:
         with database.read() as conn:
+            marked_at = lifecycle.database_time(conn)
             still = set(orphans) - retention.referenced(conn, orphans)
-        gone = []
-        for key in sorted(still):
-            head = store.head(key)
-            # Put again a moment ago: somebody is about to point at it, and was refused only if they came after the mark.
-            if head is not None and head.modified_at < time.time() - settings.sweep_window_s:
-                gone.append(key)
-        store.delete(gone)
-        out.objects += len(gone)
-        out.bytes += sum(sizes[key] for key in gone)
+        # Put again a moment ago: somebody is about to point at it, and was refused only if they came after the mark.
+        heads = [store.head(key) for key in sorted(still)]
+        old = [head.key for head in heads if head is not None and head.modified_at < marked_at - settings.sweep_window_s]
+        with database.read() as conn:
+            late = lifecycle.database_time(conn) - marked_at > PATIENCE_S
+        if old and not late:
+            gone = old
+            store.delete(gone)
+            database.run(partial(retention.gone, keys=gone))
+            out.objects += len(gone)
+            out.bytes += sum(sizes[key] for key in gone)
     finally:
-        database.run(partial(retention.spare, keys=orphans))
+        database.run(partial(retention.spare, keys=sorted(set(orphans) - set(gone))))
 
 
 def _scratch(settings: Settings) -> int:

@@ -59,6 +59,7 @@ class Timer:
             self.producer.expand(batch_id, seconds=self.settings.dispatch_period_s)
         for batch_id in cancelling:
             self.database.run(partial(lifecycle.cancel_batch, batch_id=batch_id))
+            self.producer.expand(batch_id, seconds=self.settings.dispatch_period_s)
         self.dispatcher.dispatch()
         self.database.run(lifecycle.fold_counts)
         self.database.run(lifecycle.close_batches)

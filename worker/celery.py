@@ -16,6 +16,7 @@ from contentfactory.process import die_with_parent
 from contentfactory.settings import load_settings
 from producer.logs import configure_logs
 from producer.publish import celery_options
+from worker.drain import drain_file
 
 log = structlog.get_logger(__name__)
 
@@ -102,8 +103,6 @@ def _stop_child(**_: Any) -> None:
 @signals.worker_shutting_down.connect
 def _drain(**_: Any) -> None:
     # Runs in the pool's parent; its child looks for this file and gives resumable work back.
-    from worker.execution import drain_file
-
     path = drain_file(settings)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.touch()
@@ -111,8 +110,6 @@ def _drain(**_: Any) -> None:
 
 @signals.worker_init.connect
 def _undrain(**_: Any) -> None:
-    from worker.execution import drain_file
-
     drain_file(settings).unlink(missing_ok=True)
 
 

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import socket
-import sys
 import threading
 import time
 import traceback
@@ -24,14 +23,13 @@ from contentfactory.errors import (
     InputError,
     JobCancelled,
     LeaseLost,
-    ModelUnavailable,
     ServiceUnavailable,
     TransientError,
 )
 from contentfactory.jobs.spec import KindSpec, OutputRef, get_kind, put_at
 from contentfactory.settings import Settings
 from contentfactory.states import JobState, Priority
-from db import jobs, lifecycle
+from db import jobs, lifecycle, limits, retention
 from db.lifecycle import Claimed, NewArtifact, Stop, Success
 from db.session import Database
 from producer.dispatch import Dispatcher
@@ -40,13 +38,17 @@ from producer.publish import Publisher
 from producer.services import open_store
 from producer.tracing import Attempted, open_tracer
 from storage.keys import artifact_key, suffix_for
-from worker import confined, failpoints
+from worker import confined, failpoints, memory
 from worker.context import Failure, InputFile, JobContext, NewModel, Output
-from worker.engines.files import ResolvedModel, locate
+from worker.drain import drain_file
+from worker.engines.files import ResolvedModel
 from worker.inputs import Inputs, Resolved
 from worker.keeper import Keeper
+from worker.meter import GroupMeter
 from worker.models import ModelCache
+from worker.resolve import resolve_model
 from worker.runners import get_runner
+from worker.warmup import WarmUp
 
 log = structlog.get_logger(__name__)
 T = TypeVar("T")
@@ -59,11 +61,6 @@ INSTANT_BYTES = 65_536
 """Outputs up to this size are looked up among those that were just stored before they are put."""
 PENDING_GROUPS = 2
 """Micro-batches that may be encoded, uploaded and committed while the next one computes."""
-
-
-def drain_file(settings: Settings) -> Path:
-    """The file that says 'give resumable work back', made by the worker's parent when it is told to stop."""
-    return settings.run_dir / f"drain-{os.environ.get('FACTORY_WORKER_NAME', socket.gethostname())}"
 
 
 def pick_device(wanted: str) -> str:
@@ -139,7 +136,9 @@ class Executor:
         queues = [q for q in os.environ.get("FACTORY_WORKER_QUEUES", "").split(",") if q]
         self._device: str | None = settings.device if settings.device != "auto" else None
         self.cache = ModelCache(limit_mb=float(os.environ.get("FACTORY_WORKER_CACHE_MB", settings.model_cache_mb)))
+        self.meter = GroupMeter(self.database, lambda: memory.device_name(self._device or "auto"))
         self.keeper = Keeper(settings, self.worker, queues, settings.device) if keeper else None
+        self.warmup = WarmUp(self.database, self.cache, self._model, lambda: self.device, self.keeper)
         self.tracer = open_tracer("worker")
         self.uploads = ThreadPoolExecutor(settings.upload_threads, thread_name_prefix="upload")
         self.finishers = ThreadPoolExecutor(1, thread_name_prefix="finish")
@@ -152,7 +151,7 @@ class Executor:
         self._uncleared: list[Path] = []
         # Objects that this process put a moment ago, with the time: equal outputs (an empty text, a silence) are put once. The
         # sweep takes nothing that is younger than its window, so a fraction of that is safe.
-        self._put: dict[str, float] = {}
+        self._put: dict[tuple[str, str, str], tuple[str, float]] = {}
         self._put_s = min(60.0, settings.sweep_window_s / 4)
 
     @property
@@ -164,6 +163,8 @@ class Executor:
 
     def run(self, kind: str, ids: Sequence[str]) -> None:
         """Claim these jobs and do what could be claimed. Returns when the runner is done; the commit may still be under way."""
+        if not self.warmup.ready(kind, ids):
+            return
         failpoints.reached(failpoints.BEFORE_CLAIM)
         tried = False
 
@@ -226,8 +227,9 @@ class Executor:
                 by_model: dict[str | None, list[_Member]] = {}
                 for member in work:
                     by_model.setdefault(member.claimed.model, []).append(member)
-                for part in by_model.values():
-                    self._compute(spec, part, scratch)
+                for n, piece in enumerate(p for part in by_model.values() for p in self.meter.pieces(spec, part)):
+                    with self.meter.measure(spec, piece, self.cache):
+                        self._compute(spec, piece, scratch if len(piece) == len(work) else _subfolder(scratch, n))
             except Exception as error:
                 # A full disk, a ledger that went away: the jobs are told so, and the error's class decides.
                 problem = classify(error)
@@ -238,7 +240,7 @@ class Executor:
             phases["model_loads"] = self.cache.loads - loads
             if self.keeper:
                 self.keeper.settle(keys)
-                self.keeper.models(self.cache.keys)
+                self.keeper.models(self.cache.keys, memory.device_name(self._device or "auto"))
         except BaseException:
             self._slots.release()
             self._clear(scratch)
@@ -346,7 +348,9 @@ class Executor:
         except Exception as error:
             problem = classify(error)
             if problem.error_class == "resource":
+                # The next jobs must find a clean process: no models, no tensors in the frames of the failed pass.
                 self.cache.clear()
+                memory.release(error)
             for index, member in enumerate(members):
                 if member.error is not None:
                     continue
@@ -394,13 +398,13 @@ class Executor:
                 if artifact.role != "checkpoint":
                     return []
                 rows = jobs.artifacts(conn, [member.claimed.id], ("checkpoint",)).get(member.claimed.id, [])
-                old = [r["name"] for r in rows[:-KEEP_CHECKPOINTS]]
-                return lifecycle.drop_published(conn, member.claimed.id, member.claimed.attempt, old)
+                return [r["name"] for r in rows[:-KEEP_CHECKPOINTS]]
 
-            orphans = self.database.run(work)
-            if orphans is None:
+            old = self.database.run(work)
+            if old is None:
                 raise LeaseLost(f"another attempt holds job {member.claimed.id}")
-            self.store.delete(orphans)
+            if old:
+                self._forget(member.claimed, old)
 
         def checkpoints(job: int) -> list[InputFile]:
             claimed = members[job].claimed
@@ -432,6 +436,24 @@ class Executor:
             should_release=self._should_release,
         )
 
+    def _forget(self, claimed: Claimed, names: list[str]) -> None:
+        """Delete old checkpoints. Another job may just have put the same bytes: they are marked like what the sweep deletes."""
+
+        def work(conn: Any) -> list[str]:
+            retention.hold(conn)
+            orphans = lifecycle.drop_published(conn, claimed.id, claimed.attempt, names)
+            retention.doom(conn, orphans)
+            return orphans
+
+        orphans = self.database.run(work)
+        if not orphans:
+            return
+        try:
+            self.store.delete(orphans)
+            self.database.run(lambda conn: retention.gone(conn, orphans))
+        except FactoryError as error:
+            log.warning("checkpoints_left", action="publish", job=claimed.id, error=error.message)  # the sweep will find them
+
     def _should_release(self) -> bool:
         at = time.monotonic()
         if not self._draining and at - self._drain_seen > 0.5:
@@ -442,28 +464,7 @@ class Executor:
     def _model(self, project_id: str, name: str) -> ResolvedModel:
         if name in self._models:
             return self._models[name]
-        with self.database.read() as conn:
-            try:
-                pinned = find(conn, project_id, name)
-            except InputError as error:
-                raise ModelUnavailable(error.message, code=error.code, param="model") from None
-        if pinned.entry is not None:
-            model = locate(pinned.entry, self.settings.models)
-        else:
-            row = pinned.row or {}
-            folder = self.settings.models / pinned.key
-            files: dict[str, Path] = {}
-            for role, file in row["files"].items():
-                if "path" in file:
-                    files[role] = Path(file["path"])
-                    if not files[role].exists():
-                        raise ModelUnavailable(f"model {pinned.key}: {role} {file['path']} is not on this worker's disk")
-                    continue
-                files[role] = folder / "files" / file["name"]
-                if not files[role].exists():
-                    self.store.download(file["object_key"], files[role], sha256=file["sha256"])
-            options = {**row["options"], **({"config": row["config"]} if row["config"] else {})}
-            model = ResolvedModel(row["name"], row["version"], row["engine"], files, folder, options, row["memory_mb"])
+        model = resolve_model(self.settings, self.database, self.store, project_id, name)
         self._models[name] = model
         return model
 
@@ -473,8 +474,8 @@ class Executor:
         data = output.data
         if isinstance(data, bytes) and len(data) <= INSTANT_BYTES:
             sha256 = hashlib.sha256(data).hexdigest()
-            key = artifact_key(member.claimed.project_id, sha256, suffix_for(output.media_type))
-            if time.monotonic() - self._put.get(key, -1e9) < self._put_s:
+            key, at = self._put.get((member.claimed.project_id, sha256, output.media_type), ("", -1e9))
+            if time.monotonic() - at < self._put_s:
                 return _Stored(_artifact(member.claimed, output, member.resolved, key, sha256, len(data), "output"))
         return self.uploads.submit(self._upload, member.claimed, output, member.resolved)
 
@@ -501,7 +502,7 @@ class Executor:
         if size <= INSTANT_BYTES:
             if len(self._put) > 1000:
                 self._put.clear()
-            self._put[key] = began
+            self._put[(claimed.project_id, sha256, output.media_type)] = (key, began)
         return _artifact(claimed, output, resolved, key, sha256, size, role)
 
     def _finish(self, spec: KindSpec, members: Sequence[_Member], reused: Mapping[_Member, Success], scratch: Path,
@@ -519,16 +520,20 @@ class Executor:
                     continue
                 self._collect(member, successes, stops, phases)
             phases["upload_s"] = time.monotonic() - begun
+            learned = self.meter.due()
+            known: dict[str, int] = {}
             done: list[str] = []
             stopped: dict[str, JobState | None] = {}
 
             def work(conn: Any) -> list[str]:
                 stopped.update({stop.job_id: lifecycle.stop(conn, stop) for stop in stops})
                 published = lifecycle.finish(conn, successes)
+                known.update(limits.learn(conn, learned))
                 failpoints.reached(failpoints.IN_COMMIT)
                 return published
 
             done = self._commit(work)
+            self.meter.told(learned, known)
             failpoints.reached(failpoints.AFTER_COMMIT)
             if self.tracer:
                 self._trace(spec, members, phases, begun - started, {**stopped, **dict.fromkeys(done, JobState.SUCCEEDED)})
@@ -538,7 +543,7 @@ class Executor:
             batch_ids = {m.claimed.batch_id for m in members if m.claimed.batch_id}
             if batch_ids:
                 with self.database.read() as conn:
-                    batch_ids -= lifecycle.with_waiting_jobs(conn, batch_ids)
+                    batch_ids = lifecycle.all_ended(conn, batch_ids)
             if batch_ids:
                 self.database.run(lambda conn: lifecycle.close_batches(conn, batch_ids))
             log.info(
@@ -631,6 +636,7 @@ class Executor:
         """Commit what is under way, end the keeper, close connections."""
         self.finishers.shutdown(wait=True)
         self.uploads.shutdown(wait=True)
+        self.meter.flush()
         if self.keeper:
             self.keeper.close()
         if self.tracer:
@@ -643,6 +649,13 @@ class Executor:
 def _artifact(claimed: Claimed, output: Output, resolved: Resolved | None, key: str, sha256: str, size: int, role: str) -> NewArtifact:
     parents = resolved.parents if resolved else ()
     return NewArtifact(output.name, key, sha256, size, output.media_type, role, output.meta, claimed.seed, claimed.model, parents)
+
+
+def _subfolder(scratch: Path, n: int) -> Path:
+    """A scratch folder of its own: the pieces of a micro-batch number their jobs anew."""
+    folder = scratch / f"piece-{n}"
+    folder.mkdir(mode=0o700)
+    return folder
 
 
 def _published_role(name: str) -> str:
@@ -682,8 +695,7 @@ def _classified(error: BaseException) -> FactoryError:
         return error
     if isinstance(error, OSError) and error.errno in _LOCAL_FAULTS:
         return TransientError(f"this worker's disk or handles: {error}", code="worker_resources")
-    torch = sys.modules.get("torch")
-    if isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.cuda.OutOfMemoryError)):
+    if memory.is_out_of_memory(error):
         problem = FactoryError(f"out of memory: {str(error)[:300]}", code="out_of_memory")
         problem.error_class = "resource"
         return problem

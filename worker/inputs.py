@@ -73,7 +73,7 @@ class Inputs:
         found: dict[str, RowMapping] = {}
         digest: dict[str, str] = {}
         texts: dict[str, str] = {}
-        if not takes_media(type(params)) and not any(True for _ in iter_refs(params)):
+        if not takes_media(type(params)) and not (any(type(v) in (dict, list) for v in job.params.values()) and any(iter_refs(params))):
             return Resolved(params, found, (), digest)
         with self.database.read() as conn:
             for field, modality, value in iter_inputs(params):

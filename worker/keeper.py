@@ -21,6 +21,7 @@ import structlog
 
 from contentfactory.errors import FactoryError, ServiceUnavailable
 from contentfactory.settings import Settings
+from worker.loading import LoadWatch, usage
 
 log = structlog.get_logger(__name__)
 Key = tuple[str, int]
@@ -115,10 +116,15 @@ class Keeper:
         with self._lock:
             _send(self._process, {"op": "beat", "job": key, "fraction": fraction, "message": message})
 
-    def models(self, names: Sequence[str]) -> None:
-        """Say which models are loaded."""
+    def models(self, names: Sequence[str], device: str | None = None) -> None:
+        """Say which models are loaded, and on what make of device."""
         with self._lock:
-            _send(self._process, {"op": "models", "names": list(names)})
+            _send(self._process, {"op": "models", "names": list(names), "device": device})
+
+    def loading(self, model: str | None, limit_s: float) -> None:
+        """Say that a model is being loaded and how long that may take, or (None) that it is done."""
+        with self._lock:
+            _send(self._process, {"op": "load", "model": model, "limit_s": limit_s})
 
     def gone(self, key: Key) -> bool:
         """Whether the job was cancelled or is held by another attempt."""
@@ -180,6 +186,7 @@ class _Keeper:
         self.device = "cpu"
         self.child = 0
         self.names: list[str] = []
+        self.load: LoadWatch | None = None
         self.inbox: queue.Queue[dict[str, Any] | None] = queue.Queue()
 
     def read(self) -> None:
@@ -243,7 +250,10 @@ class _Keeper:
                     if member in self.held:
                         self.held[member].heard, self.held[member].spoke = at, True
         elif op == "models":
-            self.names = message["names"]
+            self.names, self.device = message["names"], message.get("device") or self.device
+        elif op == "load":
+            name = message["model"]
+            self.load = LoadWatch(name, message["limit_s"], lambda: usage(self.child)) if name else None
         return op == "bye"
 
     def beat(self) -> None:
@@ -273,6 +283,10 @@ class _Keeper:
     def watch(self) -> None:
         """Kill the child if a runner went silent, or ran longer than its kind allows."""
         at = time.monotonic()
+        reason = self.load.stuck() if self.load else None
+        if reason:
+            self.give_up_load(reason)
+            return
         for held in list(self.held.values()):
             if not held.watched:
                 continue
@@ -283,6 +297,19 @@ class _Keeper:
             if at - held.started > held.limit_s + LOAD_ALLOWANCE_S:
                 self.kill(held, f"ran for {at - held.started:.0f} s (limit {held.limit_s:.0f} s)")
                 return
+
+    def give_up_load(self, reason: str) -> None:
+        """Kill a child whose model load hangs; what it still uploads is given back without a strike."""
+        from db import lifecycle
+
+        log.error("load_hung", action="kill", worker=self.worker, reason=reason)
+        self.load = None
+        try:
+            os.kill(self.child, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        held, self.held = list(self.held), {}
+        self._ledger(lambda conn: lifecycle.crash(conn, held, reason, released=True))
 
     def kill(self, held: _Held, reason: str) -> None:
         from db import lifecycle

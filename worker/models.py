@@ -1,6 +1,5 @@
 """The model cache: weights stay loaded, bounded by memory, least recently used out first."""
 
-import gc
 import threading
 import time
 from collections import OrderedDict
@@ -11,6 +10,8 @@ from typing import Any, TypeVar
 import structlog
 
 from contentfactory.errors import ModelUnavailable, ResourceError, TransientError
+from worker import memory
+from worker.breaker import Breaker
 
 log = structlog.get_logger(__name__)
 T = TypeVar("T")
@@ -21,13 +22,6 @@ class _Entry:
     value: Any
     megabytes: float
     loaded_at: float
-
-
-@dataclass
-class _Breaker:
-    failures: int = 0
-    open_until: float = 0.0
-    message: str = ""
 
 
 class ModelCache:
@@ -45,9 +39,8 @@ class ModelCache:
         if limit_mb <= 0:
             raise ValueError(f"model cache limit is {limit_mb} MB; it must be above 0")
         self.limit_mb = limit_mb
-        self.breaker_max_s = breaker_max_s
+        self.breaker = Breaker(breaker_max_s)
         self._entries: OrderedDict[str, _Entry] = OrderedDict()
-        self._breakers: dict[str, _Breaker] = {}
         self._lock = threading.RLock()
         self.loads = 0
 
@@ -72,35 +65,47 @@ class ModelCache:
             if entry is not None:
                 self._entries.move_to_end(key)
                 return entry.value
-            breaker = self._breakers.get(key)
-            if breaker and time.monotonic() < breaker.open_until:
-                raise TransientError(f"model {key} failed to load {breaker.failures} times: {breaker.message}", code="model_breaker_open")
+            if self.breaker.wait_s(key) > 0:
+                told = f"model {key} failed to load {self.breaker.failures(key)} times: {self.breaker.message(key)}"
+                raise TransientError(told, code="model_breaker_open")
             self._make_room(megabytes)
             started = time.monotonic()
             try:
-                value = loader()
-            except MemoryError as error:
-                self.clear()
-                raise ResourceError(f"not enough memory to load model {key} ({megabytes:.0f} MB)") from error
+                value = self._load(key, loader, megabytes)
             except ModelUnavailable:
                 raise
             except Exception as error:
-                breaker = self._breakers.setdefault(key, _Breaker())
-                breaker.failures += 1
-                breaker.message = f"{type(error).__name__}: {error}"
-                breaker.open_until = time.monotonic() + min(2.0**breaker.failures, self.breaker_max_s)
+                self.breaker.failed(key, error)
+                memory.release(error)
                 raise
-            self._breakers.pop(key, None)
+            self.breaker.worked(key)
             self.loads += 1
             self._entries[key] = _Entry(value, megabytes, time.time())
             log.info("model_loaded", action="model_loaded", model=key, megabytes=megabytes, seconds=round(time.monotonic() - started, 3))
             return value
 
+    def _load(self, key: str, loader: Callable[[], T], megabytes: float) -> T:
+        """Load; where memory runs out, once more with everything else unloaded."""
+        for last in (not self._entries, True):
+            try:
+                return loader()
+            except Exception as error:
+                if not memory.is_out_of_memory(error):
+                    raise
+                self.clear()
+                memory.release(error)
+                if last:
+                    # The size of the micro-batch is not to blame: another code than a runner's.
+                    told = f"not enough memory to load model {key} ({megabytes:.0f} MB): {str(error)[:300]}"
+                    raise ResourceError(told, code="model_out_of_memory") from None
+                log.warning("model_load_out_of_memory", action="unload_all", model=key, megabytes=megabytes)
+        raise AssertionError("unreachable")
+
     def _make_room(self, megabytes: float) -> None:
         while self._entries and self.used_mb + megabytes > self.limit_mb:
             key, _ = self._entries.popitem(last=False)
             log.info("model_evicted", action="model_evicted", model=key)
-            _release()
+            memory.release()
 
     @property
     def used_mb(self) -> float:
@@ -117,13 +122,4 @@ class ModelCache:
         """Unload everything."""
         with self._lock:
             self._entries.clear()
-            _release()
-
-
-def _release() -> None:
-    gc.collect()
-    import sys
-
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_available():
-        torch.cuda.empty_cache()
+            memory.release()

@@ -57,7 +57,7 @@ def _generate_seconds(params: Any) -> float:
 
 
 @kind(
-    "text.generate", queue="text", outputs=("text/plain",), max_group=16, wait_s=0.05, time_limit_s=3600, progress_s=120,
+    "text.generate", queue="text", outputs=("text/plain",), max_group=32, wait_s=0.05, time_limit_s=3600, progress_s=120,
     default_model=LANGUAGE.name, seconds=_generate_seconds,
 )  # fmt: skip
 class TextGenerate(Sampling):
@@ -87,7 +87,7 @@ class ChatMessage(BaseModel):
 
 
 @kind(
-    "text.chat", queue="text", outputs=("text/plain",), max_group=16, wait_s=0.05, time_limit_s=3600, progress_s=120,
+    "text.chat", queue="text", outputs=("text/plain",), max_group=32, wait_s=0.05, time_limit_s=3600, progress_s=120,
     default_model=LANGUAGE.name, seconds=_generate_seconds,
 )  # fmt: skip
 class TextChat(Sampling):

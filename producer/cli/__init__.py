@@ -8,6 +8,7 @@ import contentfactory
 from producer.cli import batch, jobs, models, system
 from producer.cli.batch import run
 from producer.cli.submit import submit
+from producer.cli.tune import tune
 
 app = typer.Typer(
     name="factory",
@@ -45,6 +46,7 @@ app.add_typer(models.datasets, name="datasets", help="Data sets: list, add.")
 app.add_typer(system.queues, name="queues", help="Queues: list, pause, resume, drain.")
 app.add_typer(system.kinds, name="kinds", help="Kinds of job: list, show.")
 app.add_typer(system.projects, name="projects", help="Projects: list, pause, resume, weight.")
+app.command("tune")(tune)
 app.command("doctor")(system.doctor)
 app.command("sweep")(system.sweep)
 

@@ -232,6 +232,7 @@ def cancel(batch: BatchArg, as_json: Json = False) -> None:
         if row["finished_at"] is None:
             while f.database.run(lambda conn: lifecycle.cancel_batch(conn, row["id"])):
                 pass
+            f.producer.expand(row["id"])
             f.database.run(lambda conn: lifecycle.close_batches(conn, [row["id"]]))
         row = f.find_batch(row["id"])
         emit({"id": row["id"], "state": row["state"]}) if as_json else print_line(f"{row['id']} {row['state']}")

@@ -8,12 +8,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from contentfactory.errors import ConfigError, FactoryError, NotFound, ServiceUnavailable
-from contentfactory.settings import Settings, load_settings
+
+if TYPE_CHECKING:
+    # pydantic takes as long to load as everything else that `factory --help` needs.
+    from contentfactory.settings import Settings
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 
@@ -24,7 +27,7 @@ EXIT_FAILED, EXIT_USAGE, EXIT_SERVICE, EXIT_INTERRUPTED = 1, 2, 3, 130
 class Factory:
     """Services of one command, opened when first used."""
 
-    settings: Settings
+    settings: "Settings"
     broker: bool = False
 
     @cached_property
@@ -114,6 +117,8 @@ class Factory:
 @contextmanager
 def factory(**overrides: Any) -> Iterator[Factory]:
     """Open a command's services; errors become one clear line and an exit code."""
+    from contentfactory.settings import load_settings
+
     opened: Factory | None = None
     try:
         settings = load_settings(**overrides)
@@ -130,7 +135,7 @@ def factory(**overrides: Any) -> Iterator[Factory]:
             opened.close()
 
 
-def _quiet(settings: Settings) -> None:
+def _quiet(settings: "Settings") -> None:
     """The CLI talks to a person: only warnings of the libraries below come through."""
     import logging
 

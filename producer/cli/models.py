@@ -52,15 +52,23 @@ def list_(
 
 @app.command()
 def show(name: Annotated[str, typer.Argument(help="NAME or NAME@VERSION.")], as_json: Json = False) -> None:
-    """Show a model: files, lineage, metrics."""
+    """Show a model: files, lineage, metrics, inference options that were measured."""
     from dataclasses import asdict
 
+    from db import tunings
     from producer.models import find
 
     with factory() as f:
         with f.database.read() as conn:
             pinned = find(conn, f.project_id, name)
+            base = pinned.key.removesuffix(f"+{pinned.tag}") if pinned.tag else pinned.key
+            kept = tunings.of_model(conn, f.project_id, base)
         view = dict(pinned.row) if pinned.row else asdict(pinned.entry)  # type: ignore[arg-type]
+        view["inference"] = [
+            {"key": f"{base}+{t['tag']}", "in_use": t["active"], "device": t["device"], "options": t["options"], "gain": t["report"].get("gain"),
+             "measured_at": t["created_at"]}
+            for t in kept
+        ]  # fmt: skip
         if as_json:
             emit(view)
             return

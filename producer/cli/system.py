@@ -9,7 +9,6 @@ from typing import Annotated, Any
 import typer
 
 from contentfactory.errors import FactoryError, NotFound
-from contentfactory.jobs.spec import QUEUES
 from producer.cli.common import EXIT_SERVICE, Factory, Json, emit, factory, print_line, table
 
 queues = typer.Typer(no_args_is_help=True)
@@ -74,6 +73,7 @@ def down(as_json: Json = False) -> None:
 @queues.command("list")
 def list_queues(as_json: Json = False) -> None:
     """Queues: jobs that wait and run, and workers."""
+    from contentfactory.jobs.spec import QUEUES
     from db import status
 
     with factory() as f:
@@ -86,6 +86,7 @@ def list_queues(as_json: Json = False) -> None:
 
 
 def _set_paused(f: Factory, name: str, paused: bool) -> None:
+    from contentfactory.jobs.spec import QUEUES
     from db import lifecycle
 
     if name not in QUEUES:

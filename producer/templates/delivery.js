@@ -16,6 +16,9 @@
     return node;
   };
 
+  // A browser that opened the page from disk shows a file instead of saving it: then in a tab of its own.
+  const save = (props, text) => el("a", { target: "_blank", rel: "noopener", ...props }, text);
+
   const modality = (item) => {
     if (!item.file) return item.state === "succeeded" ? "other" : "failed";
     const type = item.type || "";
@@ -68,6 +71,10 @@
     }
     group.hay = group.items.map((i) => [i.id, i.kind, i.name, i.ask, i.text, i.error, i.model, i.state].filter(Boolean).join(" ")).join("\n").toLowerCase();
   }
+  // A player that has read nothing shows no length; hundreds of them would read hundreds of files.
+  const players = data.groups.flatMap((group) => group.items).filter((item) => item.mode === "video" || item.mode === "audio").length;
+  const preload = players > 100 ? "none" : "metadata";
+
   // What is looked at comes first; shared sounds and the like follow.
   const visual = (group) => group.modes.has("image") || group.modes.has("video");
   if (data.groups.some(visual)) data.groups.sort((a, b) => visual(b) - visual(a));
@@ -86,11 +93,10 @@
     return shaped(el("figure", {}, button, caption(item)), item, 1);
   };
   const film = (item) => {
-    const preload = item.poster || data.groups.length > 60 ? "none" : "metadata";
     const video = el("video", { src: item.file, controls: true, playsinline: true, preload, poster: item.poster, "aria-label": item.id });
     return shaped(el("figure", {}, video, caption(item)), item, 16 / 9);
   };
-  const sound = (item) => el("figure", { class: "sound" }, caption(item), el("audio", { src: item.file, controls: true, preload: "none", "aria-label": item.id }));
+  const sound = (item) => el("figure", { class: "sound" }, caption(item), el("audio", { src: item.file, controls: true, preload, "aria-label": item.id }));
   const words = (item) => {
     const long = item.text.length > 900 || item.text.split("\n").length > 12;
     const body = el("p", { class: long ? "words long" : "words", dir: "auto" }, item.text.trim() || "(empty)");
@@ -105,7 +111,7 @@
       figure.append(more);
     }
     const cap = caption(item);
-    if (item.cut) cap.append(el("a", { href: item.file, download: true }, "the whole text"));
+    if (item.cut) cap.append(save({ href: item.file, download: true }, "the whole text"));
     figure.append(cap);
     return figure;
   };
@@ -127,7 +133,7 @@
     shown.addEventListener("toggle", () => {
       if (!shown.open || shown.children.length > 1) return;
       const rows = items.map((item) => el("tr", {},
-        el("td", {}, item.file ? el("a", { href: item.file, download: item.name.split("/").pop() }, `${label(item)}/${item.name}`) : label(item)),
+        el("td", {}, item.file ? save({ href: item.file, download: item.name.split("/").pop() }, `${label(item)}/${item.name}`) : label(item)),
         el("td", {}, item.kind), el("td", {}, item.model || ""), el("td", {}, item.seed === undefined ? "" : String(item.seed)),
         el("td", { class: "ask" }, item.ask || "")));
       const head = el("tr", {}, ...["File", "Kind", "Model", "Seed", "Asked for"].map((name) => el("th", { scope: "col" }, name)));
@@ -144,7 +150,7 @@
     const see = el("div", { class: "see" }), read = el("div", { class: "read" });
     see.append(...of("video").map(film));
     see.append(...of("image").map(picture));
-    if (see.children.length > 4) see.classList.add("many");
+    if (see.children.length > 4) see.classList.add(new Set([...see.children].map((one) => one.style.getPropertyValue("--r"))).size === 1 ? "even" : "many");
     read.append(...of("failed").map(failure));
     const texts = of("text");
     const open = texts.filter((item) => first(item) && item.kind.startsWith("text.") && item.type !== "application/json");

@@ -287,8 +287,13 @@ def _other_user() -> str:
     )
 
 
-def start_postgres(folder: Path) -> tuple[Service, str]:
-    """Start PostgreSQL; gives its SQLAlchemy URL too."""
+def start_postgres(folder: Path, settings: dict[str, str] | None = None) -> tuple[Service, str]:
+    """Start PostgreSQL; gives its SQLAlchemy URL too.
+
+    Args:
+        folder: Where its data lie.
+        settings: Server settings over those that tests run with.
+    """
     import psycopg
 
     user = _other_user()
@@ -332,6 +337,7 @@ def start_postgres(folder: Path) -> tuple[Service, str]:
         # A killed server keeps what it committed; only a power cut would not, and that is no test of ours.
         "fsync": "off",
         "full_page_writes": "off",
+        **(settings or {}),
     }
     service = Service(
         name="PostgreSQL",

@@ -569,7 +569,9 @@ def _metrics_tell(url, jobs):
 
     def ended():
         found = samples()
-        return found if of(found, "factory_jobs_ended_total", queue="text", kind="text.echo", state="succeeded") == jobs else None
+        jobs_ended = of(found, "factory_jobs_ended_total", queue="text", kind="text.echo", state="succeeded")
+        # The batch ends a moment after its last job, perhaps in the next round of the metrics.
+        return found if jobs_ended == jobs and of(found, "factory_batches_ended_total", state="completed") else None
 
     found = until(ended)
     for queue in QUEUES:

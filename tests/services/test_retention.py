@@ -173,6 +173,46 @@ def test_a_marked_object_cannot_be_published(database, project, make_jobs, store
     assert database.run(lambda conn: lifecycle.finish(conn, [Success(claimed[0].id, claimed[0].attempt, (doomed,))])) == ids
 
 
+def test_an_object_put_before_its_deletion_cannot_be_published_after_it(database, project, make_jobs, store, settings):
+    # Found by simulation: the attempt puts what the sweep has looked at a moment ago, and commits when the sweep is done.
+    end(database, make_jobs(1), put(store, project, b"kept"))
+    orphan, ids = put(store, project, b"orphan"), make_jobs(1)
+
+    class Late:
+        """A store in which the attempt puts its result between the sweep's last look and the deletion."""
+
+        claimed = None
+
+        def __getattr__(self, name):
+            return getattr(store, name)
+
+        def delete(self, keys):
+            [self.claimed] = database.run(lambda conn: lifecycle.claim(conn, ids, "w", 30))
+            store.put(orphan.object_key, b"orphan", media_type="text/plain")
+            return store.delete(keys)
+
+    late = Late()
+    assert sweep(settings, database, late).objects == 1
+    with pytest.raises(TransientError, match="is being swept"), database.write() as conn:
+        lifecycle.finish(conn, [Success(late.claimed.id, late.claimed.attempt, (orphan,))])
+    stopped = Stop(late.claimed.id, late.claimed.attempt, {"type": "transient", "code": "object_swept", "message": "m"})
+    database.run(lambda conn: lifecycle.stop(conn, stopped))
+    with database.write() as conn:
+        conn.execute(update(Job).where(Job.id == ids[0]).values(run_after=0.0))
+    [again] = database.run(lambda conn: lifecycle.claim(conn, ids, "w", 30))
+    store.put(orphan.object_key, b"orphan", media_type="text/plain")
+    assert database.run(lambda conn: lifecycle.finish(conn, [Success(again.id, again.attempt, (orphan,))])) == ids
+
+
+def test_a_wrong_clock_makes_nothing_old(database, project, make_jobs, store, settings, monkeypatch):
+    # Found by simulation: the timer's machine is a day ahead.
+    end(database, make_jobs(1), put(store, project, b"kept"))
+    young = put(store, project, b"young", age=60)
+    monkeypatch.setattr(time, "time", lambda real=time.time: real() + 86_400)
+    assert sweep(settings, database, store).objects == 0
+    assert store.head(young.object_key) is not None
+
+
 def test_a_result_that_went_is_not_taken_over(database, project, make_jobs, store):
     ids = make_jobs(1)
     claimed = database.run(lambda conn: lifecycle.claim(conn, ids, "w", 30))

@@ -16,7 +16,9 @@ from pathlib import Path
 import psutil
 import pytest
 import redis
+from celery import Celery
 from factory_services import start_valkey
+from kombu.transport import memory
 from sqlalchemy import select
 
 from contentfactory.ids import new_id
@@ -26,7 +28,7 @@ from db import lifecycle, migrate, projects
 from db.models import Job
 from db.session import Database
 from producer import transport
-from producer.publish import Publisher
+from producer.publish import Publisher, celery_options
 
 ROOT = Path(__file__).parents[2]
 ORDINARY = "text\x06\x169"
@@ -165,6 +167,28 @@ def test_a_malformed_item_is_refused_with_its_reason(name):
     assert reason in transport.REASONS
 
 
+def test_a_hint_is_what_celery_itself_would_send(monkeypatch):
+    """Celery's own sender, caught before the broker, against ours: equal but for what says who sent it and when."""
+    ids = [new_id("job"), new_id("job")]
+    caught = []
+    app = Celery("test", broker="memory://", set_as_current=False)
+    app.conf.update(celery_options())
+    monkeypatch.setattr(memory.Channel, "_put", lambda self, queue, message, **_: caught.append(json.loads(json.dumps(message))))
+    app.send_task("text.echo", args=[ids], queue="text", priority=9, headers={"dispatched_at": 7.5}, ignore_result=True)
+    app.close()
+    theirs = next(message for message in caught if message["headers"].get("task"))
+    ours = json.loads(json.dumps(transport.hint_message("text.echo", ids, "text", 9, 7.5, theirs["headers"]["id"])))
+    assert json.loads(base64.b64decode(ours["body"])) == json.loads(base64.b64decode(theirs["body"]))
+    unset = {"group_index", "replaced_task_nesting", "stamped_headers", "stamps"}  # defaults of Celery's that a reader assumes
+    told = {"argsrepr", "origin", "meth"}  # ours names fewer ids, no sender, and what other protocols left behind
+    assert {k: v for k, v in ours["headers"].items() if k not in told} == {k: v for k, v in theirs["headers"].items() if k not in unset | told}
+    for properties in (ours["properties"], theirs["properties"]):
+        properties.pop("delivery_tag")
+        properties.pop("reply_to")  # nobody is told a result
+    assert ours["properties"] == theirs["properties"]
+    assert {ours[k] == theirs[k] for k in ("content-encoding", "content-type")} == {True}
+
+
 def test_only_what_was_checked_goes_on():
     ids = [new_id("job") for _ in range(5)]
     one, two = (transport.read_hint(hint(ids=ids, x_unknown="evil", origin="me"), "text") for _ in range(2))
@@ -192,6 +216,8 @@ class Rig:
         self.publisher = Publisher(self.settings)
         self.redis = redis.Redis.from_url(self.url)
         self.log = folder / "worker.log"
+        self.app = Celery("test", broker=self.settings.broker(), set_as_current=False)
+        self.app.conf.update(celery_options())
         self.worker: subprocess.Popen | None = None
 
     def start_worker(self) -> None:
@@ -258,6 +284,7 @@ class Rig:
                 self.worker.kill()
                 self.worker.wait(10)
         self.publisher.close()
+        self.app.close()
         self.redis.close()
         self.database.close()
         self.service.stop()
@@ -345,7 +372,7 @@ def test_bad_commands_and_events_do_no_harm(rig):
         assert rig.redis.publish("/0.celery.pidbox", raw) == 1
     rig.works()
     assert len(rig.quarantine()) == len(bad)
-    answer = rig.publisher._app.control.ping(destination=["door@here"], timeout=5, limit=1)
+    answer = rig.app.control.ping(destination=["door@here"], timeout=5, limit=1)
     assert answer == [{"door@here": {"ok": "pong"}}]
 
 
@@ -370,7 +397,7 @@ def test_bad_events_do_not_stop_who_listens(rig):
         rig.redis.publish("/0.celeryev/task.multi", event([good]))
         rig.works()
 
-    app = rig.publisher._app
+    app = rig.app
     with app.connection_for_read() as connection, ThreadPoolExecutor(1) as pool:
         shouting = pool.submit(shout)
         for _ in app.events.Receiver(connection, handlers={"*": seen.append}).itercapture(timeout=20, wakeup=False):
@@ -378,6 +405,10 @@ def test_bad_events_do_not_stop_who_listens(rig):
                 break
         shouting.result()
     assert sum(one.get("own") == [1] for one in seen) == 2
+    # Our own sender's event, by which Flower knows the queue.
+    sent = [one for one in seen if one["type"] == "task-sent" and one.get("routing_key") == "text"]
+    assert [(one["queue"], one["name"]) for one in sent] == [("text", "text.echo")]
+    assert {one["uuid"] for one in sent} <= {one["uuid"] for one in seen if one["type"] == "task-succeeded"}
     assert len(rig.quarantine()) - before == len(bad)
 
 

@@ -14,6 +14,7 @@ from sim_world import (
     Killed,
     Process,
     SimDatabase,
+    SimLock,
     SimLog,
     SimPool,
     SimPublisher,
@@ -21,6 +22,7 @@ from sim_world import (
     SimRandom,
     SimSemaphore,
     SimStore,
+    SimThread,
     SimTime,
     Stage,
     World,
@@ -35,21 +37,24 @@ import db.registry
 import db.session
 import producer.dispatch
 import producer.enqueue
+import producer.sweep
 import producer.timer
 import worker.execution
 import worker.keeper
+import worker.meter
 from contentfactory.errors import Conflict, FactoryError, InputError, NotFound, Released, TransientError
 from contentfactory.jobs import spec as specs
 from contentfactory.jobs.spec import Params, RetryPolicy, Text, kind, load_kinds
 from contentfactory.settings import Settings
 from producer.enqueue import Producer
+from producer.manifest.model import JobLine
 from producer.timer import Timer
 from worker import runners
 from worker.context import Failure, Output
 from worker.execution import Executor
 
-LEASE_S, REAPER_S, DISPATCH_S = 30.0, 6.0, 5.0
-POLICY = RetryPolicy(transient=6, bug=1, deadline=1, strikes=3, backoff_s=0.5, backoff_max_s=4.0)
+LEASE_S, REAPER_S, DISPATCH_S = 30.0, 7.0, 7.0
+POLICY = RetryPolicy(transient=8, bug=1, deadline=1, strikes=3, backoff_s=0.5, backoff_max_s=40.0)
 ACTS = ("ok", "input", "bug", "flaky", "poison", "memory", "big", "hang", "slow")
 
 
@@ -75,12 +80,15 @@ def _work(params: list[Any], context: Any) -> Iterator[Any]:
     assert here is not None
     for job, one in enumerate(params):
         tries = stage.facts["ran", one.n] = stage.facts["ran", one.n] + 1
-        end = stage.now + one.takes
+        # A second attempt may take longer than the first: whoever comes back too late then meets it at work.
+        slow = tries > 1 and one.n and (one.act == "slow" or one.n % 3 == 0)
+        end = stage.now + (LEASE_S * 0.8 if slow else one.takes)
         while stage.now < end:
-            context.check(job)
+            for member in range(job, len(params)):
+                context.check(member)
             context.progress(job, 0.5)
             stage.step("compute")
-            stage.sleep(min(1.0, max(0.001, end - stage.now)))
+            stage.sleep(min(3.0, max(0.001, end - stage.now)))
         if one.act == "poison":
             _die(here)
         if one.act == "hang":
@@ -232,7 +240,7 @@ class SimKeeper:
             self._last[key] = now
             self.send({"op": "beat", "job": key, "fraction": fraction, "message": message})
 
-    def models(self, names: Any) -> None:
+    def models(self, names: Any, device: str | None = None) -> None:
         pass
 
     def gone(self, key: Any) -> bool:
@@ -303,17 +311,19 @@ class Crew:
 
     def strike(self, process: Process) -> None:
         """Kill a process; a worker's child sometimes with its keeper, so that only the lease tells."""
+        self.stage.injected[f"{process.role} killed"] += 1
         if process.role == "worker":
             keeper = getattr(process, "keeper", None)
             if keeper and self.stage.rng.random() < 0.5:
                 keeper.process.kill("the whole tree is killed")
         process.kill("by chance")
 
-    def halt(self, process: Process) -> None:
-        seconds = self.stage.rng.choice((1.0, 5.0, LEASE_S + 8, LEASE_S + 20))
+    def halt(self, process: Process, long: bool = False) -> None:
+        seconds = self.stage.rng.choice((1.0, 5.0, LEASE_S + 8, LEASE_S + 20)[2 * long :])
         keeper = getattr(process, "keeper", None)
         if process.role == "worker" and keeper and self.stage.rng.random() < 0.8:
             keeper.process.freeze(seconds)
+        self.stage.injected[f"{process.role} frozen {'past' if seconds > LEASE_S else 'within'} the lease"] += 1
         process.freeze(seconds)
 
     def worker(self, queues: list[str], delay: float = 0.0) -> None:
@@ -346,6 +356,7 @@ class Crew:
         executor = Executor(self.settings, SimDatabase(stage, process), SimStore(stage), SimPublisher(stage))
         executor._drain = _Drain(process)  # type: ignore[assignment]
         stage.facts["executor", executor.worker] = process
+        stage.injected["worker clock wrong" if process.skew else "worker clock right"] += 1
         while not process.draining:
             hint = stage.broker.pop(queues, process)
             if hint is None:
@@ -421,24 +432,21 @@ class Crew:
 # --- users --------------------------------------------------------------------------------------------------
 
 
-class Line:
-    """A line of a manifest, as `producer.enqueue` reads it."""
-
-    def __init__(self, custom_id: str, kind_name: str, params: dict[str, Any], parents: tuple[str, ...], seed: int) -> None:
-        self.custom_id, self.kind, self.params, self.parents, self.seed = custom_id, kind_name, params, parents, seed
-        self.priority, self.metadata = 0, {}  # type: ignore[var-annotated]
-
-    def with_files(self, uploaded: Any) -> dict[str, Any]:
-        return self.params
+def line_of(number: int, custom_id: str, kind_name: str, params: dict[str, Any], parents: tuple[str, ...], seed: int) -> JobLine:
+    """A line of a manifest as it is after its check."""
+    spec = specs.get_kind(kind_name)
+    parsed = spec.validate(params)
+    refs = tuple(ref for _, ref in specs.iter_refs(parsed))
+    return JobLine(number, 0, custom_id, spec.name, parsed, parents, refs, 0, seed, {}, (), spec)
 
 
 class SimManifest:
-    def __init__(self, name: str, lines: list[Line]) -> None:
+    def __init__(self, name: str, lines: list[JobLine]) -> None:
         self.name, self.path, self.lines = name, Path(f"{name}.jsonl"), lines
 
 
 class _Report:
-    files = ()
+    files, spool = (), None
 
     def raise_for_errors(self, shown: int = 0) -> None:
         pass
@@ -510,7 +518,7 @@ class User:
                 self.keys[key] = made
         return made  # type: ignore[no-any-return]
 
-    def batch(self, name: str, lines: list[Line]) -> str | None:
+    def batch(self, name: str, lines: list[JobLine]) -> str | None:
         manifest = SimManifest(name, lines)
         found = self.ask(lambda p: p.create_batch(manifest, project=self.project, report=_Report()))
         if found:
@@ -545,7 +553,7 @@ def _new_id(prefix: str) -> str:
     return Stage.world.new_id(prefix)
 
 
-def _lines(manifest: SimManifest) -> list[Line]:
+def _lines(manifest: SimManifest) -> list[JobLine]:
     return manifest.lines
 
 
@@ -560,12 +568,15 @@ def installed() -> Iterator[None]:
         (producer.enqueue, "EXPAND_ROWS", 4), (producer.enqueue, "manifests", namespace(producer.enqueue.manifests, lines=_lines)),
         (producer.dispatch, "log", log), (producer.timer, "log", log), (producer.timer, "time", SimTime),
         (producer.timer, "QUEUES", ("text", "train")),
+        (producer.timer, "threading", namespace(__import__("threading"), Thread=SimThread)),
+        (producer.sweep, "log", log),
         (worker.execution, "log", log), (worker.execution, "time", SimTime), (worker.execution, "ThreadPoolExecutor", SimPool),
         (worker.execution, "wait", _wait),
         (worker.execution, "threading", namespace(__import__("threading"), BoundedSemaphore=SimSemaphore)),
         (worker.execution, "Keeper", SimKeeper), (worker.execution, "open_tracer", lambda service: None),
         (worker.execution, "os", namespace(os, getpid=lambda: 1)), (worker.execution, "uuid", namespace(__import__("uuid"), uuid4=_Counter)),
         (worker.execution, "socket", namespace(__import__("socket"), gethostname=lambda: "sim")),
+        (worker.meter, "time", SimTime), (worker.meter, "threading", namespace(__import__("threading"), Lock=SimLock)),
         (worker.keeper, "log", log), (worker.keeper, "time", SimTime), (worker.keeper, "LOAD_ALLOWANCE_S", 4.0),
         (worker.keeper, "threading", namespace(__import__("threading"), Thread=_NoThread)),
         (worker.keeper, "sys", namespace(__import__("sys"), stdout=_Pipe)),

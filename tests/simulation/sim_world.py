@@ -9,7 +9,7 @@ import heapq
 import random
 import sqlite3
 import types
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
@@ -138,7 +138,12 @@ class World:
         self.outages: list[tuple[float, float]] = []
         self.store_down_until = 0.0
         self.broker = Broker(self)
-        self.objects = MemoryStore(clock=lambda: self.now)
+        self.store_shift = 0.0
+        self.objects = MemoryStore(clock=lambda: self.now + self.store_shift)
+        self.injected: Counter[str] = Counter()
+        """Faults that really happened, by name."""
+        self.unsent: dict[Task, tuple[str, ...]] = {}
+        """Jobs whose hints a dispatcher has just failed to send: it must put them back before it commits anything else."""
         self.ledger = ledger
         self.facts: dict[str, Any] = defaultdict(int)
         self.quiet: Callable[[], bool] = lambda: False
@@ -146,6 +151,7 @@ class World:
         self._parked: dict[int, list[Task]] = defaultdict(list)
         self._n = 0
         self._ids = 0
+        self._until = 0.0
         ledger.reset(self)
 
     # --- time and tasks ---
@@ -178,7 +184,12 @@ class World:
             raise RuntimeError("a transaction must not wait: on SQLite it holds the write lock")
         if not task.process.alive:
             raise Killed
-        self.push(self.now + seconds, task)
+        at = self.now + seconds
+        if at < self._until and task.process.frozen_until <= at and (not self._heap or self._heap[0][0] > at):
+            # Nobody else has anything to do until then: the clock alone moves on.
+            self.now = at
+            return
+        self.push(at, task)
         self.main.switch()
         if not task.process.alive:
             raise Killed
@@ -205,6 +216,7 @@ class World:
     def run(self, until: float) -> bool:
         """Play until everything is quiet (True) or the clock reaches ``until`` (False)."""
         heap = self._heap
+        self._until = until
         while heap:
             at, _, turn, task = heapq.heappop(heap)
             if task.greenlet is None or turn != task.turn:
@@ -248,18 +260,26 @@ class World:
         if self.chaos and process.fragile:
             luck = self.rng.random()
             if luck < self.rates["kill"]:
+                self.injected["kill"] += 1
                 self.note("dies at", process.name, what)
                 self.strike(process)
             elif luck < self.rates["kill"] + self.rates["freeze"]:
+                self.injected["freeze"] += 1
                 self.halt(process)
+            elif what in ("put", "after put", "write") and process.role == "worker" and self.happens("late"):
+                # It has computed and comes back when another attempt is under way or done.
+                self.halt(process, long=True)
         self.sleep(self.rng.random() * 0.03)
 
     strike: Callable[[Process], None]
-    halt: Callable[[Process], None]
+    halt: Callable[..., None]
 
     def happens(self, fault: str) -> bool:
         """Whether this fault happens now."""
-        return self.chaos and self.rates[fault] > 0 and self.rng.random() < self.rates[fault]
+        if self.chaos and self.rates[fault] > 0 and self.rng.random() < self.rates[fault]:
+            self.injected[fault] += 1
+            return True
+        return False
 
     def note(self, *words: Any) -> None:
         self.log.append((round(self.now - EPOCH, 3), *words))
@@ -322,8 +342,9 @@ class Ledger:
         self.world: World | None = None
         self.engine = create_engine("sqlite://", poolclass=StaticPool, connect_args={"check_same_thread": False})
         event.listen(self.engine, "connect", self._connect)
-        event.listen(self.engine, "begin", session._sqlite_begin)
-        self.connection = self.engine.connect().execution_options(factory_begin="IMMEDIATE")
+        # As `session._sqlite_begin` does it, without the detour over an event.
+        self.engine.dialect.do_begin = lambda connection: connection.driver_connection.execute("BEGIN IMMEDIATE")  # type: ignore[method-assign]
+        self.connection = self.engine.connect()
         self.raw: sqlite3.Connection = self.connection.connection.driver_connection  # type: ignore[assignment]
         with self.connection.begin():
             Base.metadata.create_all(self.connection)
@@ -333,7 +354,8 @@ class Ledger:
 
     def _connect(self, connection: Any, record: Any) -> None:
         connection.isolation_level = None
-        connection.create_function("julianday", 1, lambda what: (self._now() / DAY) + 2440587.5)
+        # Said to be deterministic, so that SQLite asks once a statement and not once a row; its own clock stands still as long.
+        connection.create_function("julianday", 1, lambda what: (self._now() / DAY) + 2440587.5, deterministic=True)
         connection.create_function("sim_now", 0, self._now)
         connection.create_function("sim_actor", 0, lambda: self._actor())
 
@@ -420,8 +442,11 @@ class SimDatabase(Database):
     def _committed(self) -> None:
         """What must hold after every single commit."""
         world, ledger = self.world, self.world.ledger
-        for n, what, job, name, key, attempt, note in ledger.rows(
-            "SELECT n, what, id, old, new, attempt, note FROM sim_log WHERE n > ? ORDER BY n", ledger.seen
+        for job in world.unsent.pop(world.current, ()):  # type: ignore[arg-type]
+            if ledger.rows("SELECT 1 FROM jobs WHERE id = ? AND state = 'dispatched' AND dispatched_at <= ?", job, world.now - 0.001):
+                world.violate("I13", f"{job} stays dispatched although its hint could not be sent")
+        for n, actor, what, job, name, key, attempt, owner, note in ledger.rows(
+            "SELECT n, actor, what, id, old, new, attempt, owner, note FROM sim_log WHERE n > ? ORDER BY n", ledger.seen
         ):
             ledger.seen = n
             if what != "artifact":
@@ -430,6 +455,9 @@ class SimDatabase(Database):
                 world.violate("I5", f"{job}: artifact {name} was committed before its object was stored")
             if note is not None and not note.endswith(f" {attempt}"):
                 world.violate("I4", f"{job}: attempt {attempt} wrote artifact {name} while the job was {note}")
+            holder = world.facts.get(("executor", owner))
+            if holder is not None and holder.name != actor:
+                world.violate("I4", f"{job}: {actor} wrote artifact {name} while {holder.name} held the job")
 
     def close(self) -> None:
         pass
@@ -514,7 +542,12 @@ class SimPublisher:
                 self.broker.faithful = False
                 break
             sent += 1
+        if sent < len(hints) and self.world.current:
+            self.world.unsent[self.world.current] = tuple(i for hint in hints[sent:] for i in hint.ids)
         return list(hints[sent:])
+
+    def ended(self, job_ids: Any) -> None:
+        self.world.step("ended")
 
     def oldest(self, queue: str) -> float | None:
         self.world.step("oldest")
@@ -582,6 +615,13 @@ class SimStore:
             for job, name in self.world.ledger.rows("SELECT job_id, name FROM artifacts WHERE object_key = ?", key):
                 self.world.violate("I5", f"{job}: the object of artifact {name} was deleted")
         return self.objects.delete(keys)
+
+    def list(self, prefix: str = "") -> Iterator[Any]:
+        self._reach("list")
+        return iter([*self.objects.list(prefix)])
+
+    def sweep_temporary(self, older_than_s: float) -> int:
+        return 0
 
     def close(self) -> None:
         pass
@@ -703,6 +743,21 @@ class SimPool:
             Stage.world.park(self)
 
 
+class SimThread:
+    """`threading.Thread` of a process, as a task."""
+
+    def __init__(self, target: Callable[[], Any], name: str = "", daemon: bool = False) -> None:
+        self.target, self.task = target, None
+
+    def start(self) -> None:
+        here = Stage.world.here()
+        assert here is not None
+        self.task = Stage.world.spawn(here, self.target)
+
+    def is_alive(self) -> bool:
+        return self.task is not None and self.task.greenlet is not None
+
+
 class SimSemaphore:
     """`threading.BoundedSemaphore` of tasks."""
 
@@ -719,6 +774,19 @@ class SimSemaphore:
         Stage.world.wake(self)
 
 
+class SimLock(SimSemaphore):
+    """`threading.Lock` of tasks."""
+
+    def __init__(self) -> None:
+        super().__init__(1)
+
+    def __enter__(self) -> None:
+        self.acquire()
+
+    def __exit__(self, *_: Any) -> None:
+        self.release()
+
+
 class SimQueue:
     """`queue.Queue` of a keeper's messages; who waits on it sometimes wakes late, as on a busy machine."""
 
@@ -733,7 +801,7 @@ class SimQueue:
         import queue
 
         if not self.items:
-            Stage.world.park(self, timeout * Stage.world.rng.uniform(2, 6))
+            Stage.world.park(self, timeout * Stage.world.rng.uniform(4, 8))
         if not self.items:
             raise queue.Empty
         return self.items.popleft()

@@ -1,6 +1,6 @@
-"""Play simulated histories: ``make simulate`` (many), ``make simulate SEED=17`` (one, with its story).
+"""Play simulated histories: ``make simulate`` (many), ``make simulate SEED=17`` (one, with its story), ``make simulate PLANTED=1``.
 
-A failing history writes its story to a file and prints the command that plays it again.
+A failing history writes its story to a file and prints the command that plays it again (docs/simulation.md).
 """
 
 import argparse
@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -22,12 +23,17 @@ def play_many(seeds: range, folder: Path, queue: "multiprocessing.Queue[tuple[st
     started, cpu = time.monotonic(), time.process_time()
     played = jobs = 0
     seconds = 0.0
+    tables = {"injected": Counter[str](), "histories with": Counter[str](), "changes of state": Counter[str](), "ends of attempts": Counter[str]()}
     with simulation() as simulated:
         for seed in seeds:
             # Code that waits in real time, which nobody's task would ever end, shows where it does.
             faulthandler.dump_traceback_later(60, exit=True)
             outcome = simulated.play(seed)
             played, jobs, seconds = played + 1, jobs + outcome.jobs, seconds + outcome.seconds
+            tables["injected"] += outcome.injected
+            tables["histories with"].update(name for name, n in outcome.injected.items() if n)
+            tables["changes of state"] += outcome.moves
+            tables["ends of attempts"] += outcome.outcomes
             if outcome.violations:
                 folder.mkdir(parents=True, exist_ok=True)
                 path = folder / f"history-{seed}.txt"
@@ -35,7 +41,33 @@ def play_many(seeds: range, folder: Path, queue: "multiprocessing.Queue[tuple[st
                 queue.put(("violation", (seed, outcome.violations, str(path))))
             if time.monotonic() - started > limit_s:
                 break
-    queue.put(("done", (played, jobs, seconds, time.process_time() - cpu)))
+    queue.put(("done", (played, jobs, seconds, time.process_time() - cpu, tables)))
+
+
+def show(tables: dict[str, Counter[str]]) -> None:
+    """Print what was exercised, so that one sees that nothing was left out."""
+    with_it = tables.pop("histories with")
+    for title, counts in tables.items():
+        print(f"\n{title}:")
+        for name, n in sorted(counts.items(), key=lambda x: -x[1]):
+            print(f"  {n:9,}  {name}" + (f"  (in {with_it[name]:,} histories)" if title == "injected" else ""))
+
+
+def hunt_planted(names: list[str], first: int) -> int:
+    """Plant one bug after the other and say what caught it."""
+    import planted
+    from sim_history import simulation
+
+    missed = 0
+    with simulation() as simulated:
+        for bug in planted.BUGS:
+            if names and not any(name in bug.name for name in names):
+                continue
+            catch = planted.hunt(simulated, bug, first)
+            missed += catch is None
+            told = f"{catch.invariant:4} after {catch.histories:3} histories (seed {catch.seed})" if catch else f"NOT CAUGHT in {bug.within} histories"
+            print(f"{bug.name:28} {told}  {catch.violation if catch else ''}"[:220], flush=True)
+    return missed
 
 
 def main() -> int:
@@ -45,8 +77,11 @@ def main() -> int:
     parser.add_argument("--first", type=int, default=1, help="seed of the first history")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--minutes", type=float, default=60.0, help="stop after so many minutes")
+    parser.add_argument("--planted", nargs="*", help="plant bugs instead (all of them, or those whose names hold one of these words)")
     parser.add_argument("--out", type=Path, default=ROOT / ".factory" / "simulation", help="folder of failing histories")
     options = parser.parse_args()
+    if options.planted is not None:
+        return bool(hunt_planted(options.planted, options.first))
     if options.seed is not None:
         from sim_history import simulation
 
@@ -69,6 +104,7 @@ def main() -> int:
         worker.start()
     played = jobs = violated = done = 0
     simulated_s = cpu_s = 0.0
+    tables: dict[str, Counter[str]] = {}
     while done < len(workers):
         what, data = queue.get()
         if what == "violation":
@@ -77,11 +113,14 @@ def main() -> int:
             print(f"seed {seed}: {violations[0]}\n  story: {path}\n  again: make simulate SEED={seed}", flush=True)
         else:
             done += 1
-            one = data
-            played, jobs, simulated_s, cpu_s = (a + b for a, b in zip((played, jobs, simulated_s, cpu_s), one, strict=True))  # type: ignore[arg-type]
+            *one, counted = data  # type: ignore[misc]
+            played, jobs, simulated_s, cpu_s = (a + b for a, b in zip((played, jobs, simulated_s, cpu_s), one, strict=True))
+            for title, counts in counted.items():
+                tables[title] = tables.get(title, Counter()) + counts
     for worker in workers:
         worker.join()
     wall = time.monotonic() - started
+    show(tables)
     print(f"{played} histories, {jobs} jobs, {simulated_s / 3600:.0f} simulated hours in {wall:.0f} s ({played / max(cpu_s, 1e-9):.1f} histories "
           f"a CPU second): {violated} with violations")  # fmt: skip
     return 1 if violated or played < options.histories else 0

@@ -198,9 +198,11 @@ def test_one_supervisor_a_folder(settings: Settings) -> None:
 HOLDER = """
 import json
 from pathlib import Path
+from producer.logs import configure_logs
 from producer.supervisor import Service, Supervisor
 from contentfactory.settings import load_settings
 settings = load_settings(state_dir={state!r})
+configure_logs(settings)  # to standard error: the supervising thread logs while this one prints
 services = [
     Service(n, c, {{"FLAG": f"{state}.{{n}}"}}, ready=Path(f"{state}.{{n}}").exists if "FLAG" in c[-1] else None, stop_timeout_s=60)
     for n, c in json.loads({services!r})
@@ -216,14 +218,20 @@ print("ended", flush=True)
 """
 
 
-def hold(settings: Settings, services: dict[str, list[str]]) -> subprocess.Popen[str]:
+def hold(settings: Settings, services: dict[str, list[str]], *, launcher: tuple[str, ...] = ()) -> subprocess.Popen[str]:
     """A supervisor in a process of its own."""
     code = textwrap.dedent(HOLDER).format(state=str(settings.state_dir), services=json.dumps(list(services.items())))
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, start_new_session=True)
+    log = settings.state_dir.with_name("holder.log")
+    with open(log, "w") as stderr:
+        process = subprocess.Popen(
+            [*launcher, sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=stderr, text=True, start_new_session=True
+        )
     assert process.stdout is not None
-    while (line := process.stdout.readline()) and line.strip() != "ready":
-        pass
-    assert line, "the supervisor did not start"
+    line = process.stdout.readline()
+    if line != "ready\n":
+        process.kill()
+        process.communicate()
+    assert line == "ready\n", log.read_text()
     return process
 
 
@@ -288,7 +296,31 @@ def test_a_signal_stops_in_order_and_a_second_one_at_once(settings: Settings) ->
     process.send_signal(signal.SIGINT)
     out, _ = process.communicate(timeout=5)
     assert process.returncode == 0
-    assert "ended" in out
+    assert out == "ended\n"
+    assert not alive(info.services["worker"])
+
+
+def test_nohup_keeps_it_running_when_the_terminal_closes(settings: Settings) -> None:
+    process = hold(settings, {"worker": python(SLEEP)}, launcher=("nohup",))
+    process.send_signal(signal.SIGHUP)
+    time.sleep(0.3)
+    assert process.poll() is None
+    assert running(settings) is not None
+    assert stop(settings) is True
+    assert process.communicate(timeout=5)[0] == "ended\n"
+    assert process.returncode == 0
+
+
+@pytest.mark.parametrize("sig", ["INT", "HUP", "TERM"])
+def test_each_signal_stops_it_whatever_its_parent_ignored(settings: Settings, sig: str) -> None:
+    # A shell without job control starts what runs in the background with SIGINT and SIGQUIT ignored. Within 30 s: the service
+    # has 60 s, so it must not have inherited what is ignored.
+    ignored = ("sh", "-c", "trap '' INT QUIT TERM; exec \"$@\"", "sh")
+    process = hold(settings, {"worker": python(SLEEP)}, launcher=ignored)
+    info = running(settings)
+    assert info is not None
+    process.send_signal(getattr(signal, f"SIG{sig}"))
+    assert process.communicate(timeout=30)[0] == "ended\n"
     assert not alive(info.services["worker"])
 
 
@@ -299,7 +331,7 @@ def test_stop_from_another_process(settings: Settings, tmp_path: Path) -> None:
     assert info is not None
     assert info.pid == process.pid
     assert stop(settings) is True
-    assert "ended" in process.communicate(timeout=5)[0]
+    assert process.communicate(timeout=5)[0] == "ended\n"
     assert not alive(info.services["worker"])
     assert running(settings) is None
 

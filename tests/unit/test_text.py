@@ -15,6 +15,7 @@ from contentfactory.errors import InputError, JobCancelled, ModelUnavailable
 from contentfactory.jobs.spec import get_kind, iter_inputs
 from contentfactory.jobs.text import TextChat, TextEmbed, TextGenerate
 from worker.context import Failure, JobContext, Output
+from worker.engines import language
 from worker.engines.encoder import Encoder, Pooling
 from worker.engines.files import ResolvedModel, locate
 from worker.engines.language import LanguageModel, Request, choose, load_language
@@ -398,6 +399,46 @@ def test_other_architectures_write_as_the_library_does(config, shared, tokenizer
     assert together[2].tokens
 
 
+@pytest.mark.parametrize("sliding", [None, 40])
+def test_rows_that_cross_buckets_and_outgrow_the_table_write_the_same_alone(sliding, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(language, "TABLE_TOKENS", 128)
+    config = (
+        transformers.LlamaConfig(**SMALL, num_key_value_heads=2) if sliding is None
+        else transformers.MistralConfig(**SMALL, num_key_value_heads=2, sliding_window=sliding)
+    )  # fmt: skip
+    net = tiny(config, tmp_path / "m", tokenizer).eval()
+    model = load_language(ResolvedModel("own", "1", "language", {"folder": tmp_path / "m"}, tmp_path))
+    lengths = [5, 50, 62, 63, 64, 65, 100, 120, 127, 128, 130, 200] * 4  # more than fit into a round; equal prompts among them
+    prompts = [[(31 * n * length + 7) % 49000 for n in range(1, length + 1)] for length in lengths]
+
+    def ask(n):
+        return Request(prompts[n], 6 + 5 * (n % 7), 0.7 if n % 2 else 0.0, generator=torch.Generator().manual_seed(n))
+
+    together = dict(model.generate([ask(n) for n in range(len(prompts))]))
+    for n in range(0, len(prompts), 5):
+        assert next(model.generate([ask(n)]))[1] == together[n], lengths[n]
+    for n in (0, 2, 8, 46):
+        wanted = net.generate(torch.tensor([prompts[n]]), max_new_tokens=ask(n).max_tokens, do_sample=False, pad_token_id=2)[0, lengths[n] :].tolist()
+        assert together[n].tokens == wanted[: len(together[n].tokens)]
+
+
+@pytest.mark.parametrize("place", [0, 3])
+def test_a_text_given_up_in_the_middle_leaves_the_others_alone(place, tokenizer, tmp_path):
+    tiny(transformers.LlamaConfig(**SMALL, num_key_value_heads=2), tmp_path / "m", tokenizer)
+    model = load_language(ResolvedModel("own", "1", "language", {"folder": tmp_path / "m"}, tmp_path))
+    prompts = [tokenizer(text)["input_ids"] for text in ("a b c", "one two", "x y z x y z", "the end")]
+    rounds: dict[int, int] = {}
+
+    def wanted(index):
+        rounds[index] = rounds.get(index, 0) + 1
+        return index != place or rounds[index] < 5
+
+    found = dict(model.generate([Request(p, 16) for p in prompts], wanted))
+    assert place not in found
+    for n, completion in found.items():
+        assert next(model.generate([Request(prompts[n], 16)]))[1] == completion
+
+
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 def test_an_adapter_changes_what_is_written(tokenizer, tmp_path):
     import peft
@@ -503,6 +544,17 @@ def test_long_and_empty_texts(run, minilm):
     assert cut.meta["tokens"] == 256
     assert isinstance(empty, Failure)
     assert isinstance(fine, Output)
+
+
+def test_many_texts_of_all_lengths_have_the_vectors_of_each_alone(minilm, cache, tmp_path):
+    encoder = load_embedder(JobContext(tmp_path, [0], {"model": minilm}, cache))
+    texts = [encoder.encode("word " * (1 + n * 7 % 60) + str(n)) for n in range(150)]
+    together = dict(encoder.embed(texts))
+    assert sorted(together) == list(range(150))
+    for n in (0, 1, 33, 149):
+        assert next(encoder.embed([texts[n]]))[1].tobytes() == together[n].tobytes()
+    kept = dict(encoder.embed(texts, lambda n: n % 2 == 0))
+    assert sorted(kept) == list(range(0, 150, 2)) and kept[2].tobytes() == together[2].tobytes()
 
 
 @pytest.mark.parametrize("mode", ["cls", "max", "lasttoken", "mean_sqrt_len_tokens"])

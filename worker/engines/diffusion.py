@@ -8,7 +8,7 @@ device's matrix library does.
 import inspect
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,6 +18,7 @@ from PIL import Image
 from contentfactory.errors import InputError, ModelUnavailable
 from worker.engines.encoder import Encoder, normalise
 from worker.engines.files import ResolvedModel
+from worker.engines.options import InferenceOptions, autocast, prepare
 from worker.networks import flow
 
 PROMPT_CHARACTERS = 2000
@@ -260,7 +261,11 @@ def _load_flow(model: ResolvedModel, encoder: Encoder, device: str) -> FlowPaint
         raise ModelUnavailable(
             f"model {model.name}: it takes sentence vectors of {net.config.text_width} numbers, {encoder.name} gives {encoder.dimensions}"
         )
-    return FlowPainter(net.to(device), encoder, int(settings.get("steps", 30)), float(settings.get("guidance", 3.0)))
+    options = InferenceOptions.of(model, device)
+    net = net.to(device)
+    for part in ("flow", "decoder"):
+        setattr(net, part, prepare(autocast(getattr(net, part), options.dtype, device), replace(options, channels_last=False)))
+    return FlowPainter(net, encoder, int(settings.get("steps", 30)), float(settings.get("guidance", 3.0)))
 
 
 def _load_diffusers(model: ResolvedModel, device: str) -> DiffusersPainter:
@@ -280,7 +285,11 @@ def _load_diffusers(model: ResolvedModel, device: str) -> DiffusersPainter:
             raise
         raise ModelUnavailable(f"model {model.name}: no text-to-image pipeline can be loaded: {first_line(error)}") from error
     pipeline.set_progress_bar_config(disable=True)
+    options = InferenceOptions.of(model, device)
     pipeline = pipeline.to(device)
+    for part in ("unet", "transformer"):
+        if getattr(pipeline, part, None) is not None:
+            setattr(pipeline, part, prepare(getattr(pipeline, part), options))
     if hasattr(pipeline, "enable_vae_slicing"):
         # Decoding one picture at a time keeps memory flat and pictures independent of each other.
         vae = getattr(pipeline, "vae", None)

@@ -5,14 +5,17 @@ Face layout, or from a Hugging Face name. Only safetensors are read and no code 
 
 A job's tokens must not depend on its neighbours. Padding a batch would break that: every matrix product and every attention
 sum would then be cut up differently in company than alone, which moves logits by 1e-5 and, at a near tie, changes a word.
-So nothing is padded here:
+So each text is computed as if it were alone:
 
-* A prompt is read alone, in blocks of fixed length. A block's keys and values depend on the tokens up to its end and on
-  nothing else, hence they are kept and shared bit for bit by prompts that begin alike (instructions, examples).
-* While writing, the rows of a round share the linear layers, but each attends over its own keys and values.
+* A prompt is read in blocks of fixed length. A block's keys and values depend on the tokens up to its end and on nothing
+  else, hence they are kept and shared bit for bit by prompts that begin alike (instructions, examples). The blocks of several
+  prompts are laid end to end, not side by side, so that they share the linear layers without any padding.
+* While writing, the rows of a round share the linear layers, but each attends over its own keys and values. Those lie in one
+  table, cut at the next multiple of `BUCKET` tokens: how far a row is filled up depends on its own length only, and rows of
+  the same bucket attend in one call.
 * A linear layer gives a row the same bits in any company only while the number of rows stays within one kernel of the
-  machine's matrix library. Loading a model measures that; where it does not hold, rounds are filled up with idle rows to
-  one fixed width.
+  machine's matrix library. Loading a model measures from how few to how many that holds, and whether it holds for prompts
+  that share a pass; where it does not, rounds are filled up with idle rows to one fixed width and prompts are read singly.
 
 Loading also compares this way of running the model with the library's own. A model for which the two disagree (recurrent
 layers, unusual attention) is run by the library, one row after the other: slower, and just as independent.
@@ -33,6 +36,7 @@ from torch.nn import functional as F
 
 from contentfactory.errors import InputError, ModelUnavailable
 from worker.engines.files import ResolvedModel
+from worker.engines.options import InferenceOptions, prepare
 
 ATTENTION = "contentfactory_rows"
 """Name under which transformers knows the attention of `_attend`."""
@@ -40,8 +44,23 @@ ATTENTION = "contentfactory_rows"
 BLOCK = {"cpu": 64, "cuda": 256}
 """Tokens of a prompt that are read at once."""
 
-WIDTHS = {"cpu": (15, 8, 4), "cuda": (32, 16, 8)}
-"""Most rows of a round; the first for which a row's bits do not depend on how many there are."""
+WIDTHS = {
+    "cpu": ((2, 32), (4, 32), (8, 32), (2, 16), (4, 16), (8, 16), (2, 15), (4, 15), (16, 32), (2, 8), (4, 8)),
+    "cuda": ((2, 32), (4, 32), (8, 32), (16, 32), (2, 16), (2, 8)),
+}
+"""Fewest and most rows of a round; the first pair is taken between which a row's bits do not depend on how many there are."""
+
+FIXED_WIDTH = {"cpu": 16, "cuda": 32}
+"""Rows of every round where there is no such pair."""
+
+PACK = {"cpu": 192, "cuda": 2048}
+"""Most tokens of several prompts that are read in one pass."""
+
+BUCKET = 64
+"""Rows attend over their own tokens filled up to a multiple of this."""
+
+TABLE_TOKENS = 512
+"""Longest row of the table, tokens: a longer one keeps its own keys and values, and attends by itself."""
 
 KV_TOKENS = 65_536
 """Most tokens that the rows of a round may hold keys and values for, all together."""
@@ -102,9 +121,12 @@ class _UnsupportedError(Exception):
     """The model does something in its attention that `_attend` does not know."""
 
 
-@dataclass
+@dataclass(eq=False)
 class _Row:
-    """Keys and values of one text, layer by layer, ``(1, heads, capacity, width)``, filled up to ``length``."""
+    """Keys and values of one text, layer by layer, ``(1, heads, capacity, width)``, filled up to ``length``.
+
+    While the row is in a `_Table` they lie there, and the two dictionaries are empty.
+    """
 
     capacity: int
     length: int = 0
@@ -142,8 +164,160 @@ class _Block:
         return sum(t.nbytes for part in (self.keys, self.values) for t in part.values())
 
 
+class _Table:
+    """Keys and values of all rows that are being written, layer by layer ``(rows, heads, capacity, width)``.
+
+    Args:
+        slots: Most rows.
+    """
+
+    def __init__(self, slots: int) -> None:
+        self.slots = slots
+        self.rows: list[_Row] = []
+        self.capacity = 0
+        self.keys: dict[int, torch.Tensor] = {}
+        self.values: dict[int, torch.Tensor] = {}
+
+    def settle(self, rows: Sequence[_Row]) -> list[_Row]:
+        """Make room for a round: what ended leaves, what is new joins, what grew too long goes.
+
+        Returns:
+            The rows in the order in which the round computes them: first those of the table in the order of their places.
+        """
+        wanted = {id(row) for row in rows}
+        for row in [r for r in self.rows if id(r) not in wanted]:
+            self._drop(row)
+        for row in [r for r in self.rows if r.length >= TABLE_TOKENS]:
+            self._release(row)
+            self._drop(row)
+        inside = {id(row) for row in self.rows}
+        for row in rows:
+            if id(row) not in inside and row.length < TABLE_TOKENS and len(self.rows) < self.slots:
+                self._join(row)
+        self._grow(max((r.length for r in self.rows), default=0) + 1)
+        self._arrange()
+        inside = {id(row) for row in self.rows}
+        return [*self.rows, *(row for row in rows if id(row) not in inside)]
+
+    def _grow(self, tokens: int) -> None:
+        if tokens <= self.capacity:
+            return
+        longest = max([tokens, *(row.capacity for row in self.rows)])
+        self.capacity = _bucket(min(TABLE_TOKENS, longest, 2 * tokens))
+        for part in (self.keys, self.values):
+            for layer, old in part.items():
+                # Zeros: what lies behind a row's end is masked, but must be a number.
+                new = old.new_zeros(self.slots, old.shape[1], self.capacity, old.shape[3])
+                new[:, :, : old.shape[2]] = old
+                part[layer] = new
+
+    def _join(self, row: _Row) -> None:
+        place = len(self.rows)
+        self.rows.append(row)
+        self._grow(row.length + 1)
+        for mine, its in ((self.keys, row.keys), (self.values, row.values)):
+            for layer, tensor in its.items():
+                if layer not in mine:
+                    mine[layer] = tensor.new_zeros(self.slots, tensor.shape[1], self.capacity, tensor.shape[3])
+                mine[layer][place, :, : row.length] = tensor[0, :, : row.length]
+            its.clear()
+
+    def _release(self, row: _Row) -> None:
+        place = self.rows.index(row)
+        for mine, its in ((self.keys, row.keys), (self.values, row.values)):
+            for layer, tensor in mine.items():
+                own = tensor.new_empty(1, tensor.shape[1], row.capacity, tensor.shape[3])
+                own[0, :, : row.length] = tensor[place, :, : row.length]
+                its[layer] = own
+
+    def _drop(self, row: _Row) -> None:
+        place, last = self.rows.index(row), self.rows.pop()
+        if last is row:
+            return
+        self.rows[place] = last
+        for part in (self.keys, self.values):
+            for tensor in part.values():
+                tensor[place, :, : last.length] = tensor[len(self.rows), :, : last.length]
+
+    def _arrange(self) -> None:
+        """Bring rows of equal buckets together where they have come apart: each run of them is one call."""
+        buckets = [_bucket(row.length + 1) for row in self.rows]
+        runs = sum(1 for n, b in enumerate(buckets) if not n or buckets[n - 1] != b)
+        if runs <= len(set(buckets)) + 2:
+            return
+        order = sorted(range(len(buckets)), key=buckets.__getitem__)
+        self.rows = [self.rows[n] for n in order]
+        longest = max(buckets)
+        for part in (self.keys, self.values):
+            for tensor in part.values():
+                tensor[: len(order), :, :longest] = tensor[order, :, :longest]
+
+
+def _bucket(tokens: int) -> int:
+    return -(-tokens // BUCKET) * BUCKET
+
+
+class _Round:
+    """What the layers of one forward pass must know of its rows.
+
+    Args:
+        table: Table of the rows that come first, one token each; None for none.
+        alone: Row, place in the first dimension, first and last token of those that attend by themselves.
+    """
+
+    def __init__(self, table: _Table | None, alone: Sequence[tuple[_Row, int, int, int]], device: torch.device) -> None:
+        self.table, self.alone = table, alone
+        self.count = len(table.rows) if table else 0
+        self.runs: list[tuple[int, int, int]] = []
+        self._masks: dict[tuple[int, int | None], torch.Tensor] = {}
+        if table is None or not self.count:
+            return
+        self._lengths = [row.length for row in table.rows]
+        self._device = device
+        self.places = torch.arange(self.count, device=device)
+        self.ends = torch.tensor(self._lengths, device=device)
+        start = 0
+        for n in range(1, self.count + 1):
+            if n == self.count or _bucket(self._lengths[n] + 1) != _bucket(self._lengths[start] + 1):
+                self.runs.append((start, n, _bucket(self._lengths[start] + 1)))
+                start = n
+
+    def mask(self, start: int, stop: int, width: int, window: int | None) -> torch.Tensor:
+        """What each row of a run sees, ``(rows, 1, 1, width)``."""
+        if window is not None and max(self._lengths[start:stop]) < window:
+            window = None
+        found = self._masks.get((start, window))
+        if found is None:
+            at = torch.arange(width, device=self._device)
+            ends = self.ends[start:stop, None]
+            seen = at <= ends
+            if window is not None:
+                seen &= at > ends - window
+            found = self._masks[(start, window)] = seen[:, None, None, :]
+        return found
+
+    def attend(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None, window: int | None) -> torch.Tensor:
+        """Attention of the table's rows: ``(rows, heads, 1, width)``."""
+        table: Any = self.table
+        n = self.count
+        keys, values = table.keys[layer], table.values[layer]
+        keys[self.places, :, self.ends] = key[:n, :, 0]
+        values[self.places, :, self.ends] = value[:n, :, 0]
+        # One token sees everything before it, so the heads that share keys can stand in the place of tokens.
+        packed = query[:n].reshape(n, keys.shape[1], -1, query.shape[3])
+        outs = [
+            F.scaled_dot_product_attention(
+                packed[start:stop], keys[start:stop, :, :width], values[start:stop, :, :width],
+                attn_mask=self.mask(start, stop, width, window), scale=scaling,
+            )
+            for start, stop, width in self.runs
+        ]  # fmt: skip
+        out = outs[0] if len(outs) == 1 else torch.cat(outs)
+        return out.reshape(n, query.shape[1], 1, out.shape[3])
+
+
 _now = threading.local()
-"""``rows`` of the forward pass that this thread runs: `_attend` gets no other word of them."""
+"""``round`` of the forward pass that this thread runs: `_attend` gets no other word of it."""
 
 
 def _attend(
@@ -177,30 +351,36 @@ def _attend(
     if any(kwargs.get(name) is not None for name in ("softcap", "s_aux", "position_bias")):
         raise _UnsupportedError(type(module).__name__)
     layer: Any = module.layer_idx
-    outs = []
-    for index, row in enumerate(_now.rows):
-        q = query[index : index + 1]
-        if row is None:
-            outs.append(torch.zeros_like(q))
-            continue
-        keys, values = row.write(layer, key[index : index + 1], value[index : index + 1])
-        new, seen = q.shape[2], keys.shape[2]
-        if sliding_window is not None and new == 1 and seen > sliding_window:
-            keys, values = keys[:, :, -sliding_window:], values[:, :, -sliding_window:]
-        if new == 1:
-            # One token sees everything, so the heads that share keys can stand in the place of tokens.
-            packed = q.reshape(1, keys.shape[1], -1, q.shape[3])
-            out = F.scaled_dot_product_attention(packed, keys, values, scale=scaling)
-            outs.append(out.reshape(1, q.shape[1], 1, out.shape[3]))
-            continue
-        mask = torch.ones(new, seen, dtype=torch.bool, device=q.device).tril(seen - new)
-        if sliding_window is not None:
-            mask &= ~torch.ones_like(mask).tril(seen - new - sliding_window)
-        groups = q.shape[1] // keys.shape[1]
-        if groups > 1:
-            keys, values = keys.repeat_interleave(groups, 1), values.repeat_interleave(groups, 1)
-        outs.append(F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=scaling))
-    return torch.cat(outs).transpose(1, 2).contiguous(), None
+    this: _Round = _now.round
+    if this.count == query.shape[0]:
+        return this.attend(layer, query, key, value, scaling, sliding_window).transpose(1, 2), None
+    # Idle rows and tokens keep their zeros.
+    out = query.new_zeros(*query.shape[:3], value.shape[3])
+    if this.count:
+        out[: this.count] = this.attend(layer, query, key, value, scaling, sliding_window)
+    for row, at, start, stop in this.alone:
+        new = (slice(at, at + 1), slice(None), slice(start, stop))
+        keys, values = row.write(layer, key[new], value[new])
+        out[new] = _by_itself(query[new], keys, values, scaling, sliding_window)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _by_itself(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float | None, window: int | None) -> torch.Tensor:
+    """Attention of the last tokens of one row, ``(1, heads, tokens, width)``."""
+    new, seen = q.shape[2], keys.shape[2]
+    if window is not None and new == 1 and seen > window:
+        keys, values = keys[:, :, -window:], values[:, :, -window:]
+    if new == 1:
+        packed = q.reshape(1, keys.shape[1], -1, q.shape[3])
+        out = F.scaled_dot_product_attention(packed, keys, values, scale=scaling)
+        return out.reshape(1, q.shape[1], 1, out.shape[3])
+    mask = torch.ones(new, seen, dtype=torch.bool, device=q.device).tril(seen - new)
+    if window is not None:
+        mask &= ~torch.ones_like(mask).tril(seen - new - window)
+    groups = q.shape[1] // keys.shape[1]
+    if groups > 1:
+        keys, values = keys.repeat_interleave(groups, 1), values.repeat_interleave(groups, 1)
+    return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=scaling)
 
 
 class _Shared:
@@ -210,61 +390,121 @@ class _Shared:
         self.model, self.device, self.last_only = model, device, last_only
         self.block = BLOCK.get(device.type, 64)
         self.width, self.least = 1, 1
+        self.grouped, self.packs = True, False
         self.own = model.config._attn_implementation
         self._blocks: OrderedDict[tuple[int, ...], _Block] = OrderedDict()
         self._bytes = 0
 
-    def forward(self, rows: Sequence[_Row | None], tokens: list[list[int]]) -> torch.Tensor:
-        """Logits after the last token of each row, ``(rows, vocabulary)``."""
-        starts = [0 if row is None else row.length for row in rows]
-        ids = torch.tensor(tokens, device=self.device)
-        positions = torch.tensor([[s + n for n in range(len(t))] for s, t in zip(starts, tokens, strict=True)], device=self.device)
-        _now.rows = rows
-        try:
-            more = {"logits_to_keep": 1} if self.last_only else {}
-            logits: torch.Tensor = self.model(input_ids=ids, position_ids=positions, use_cache=False, **more).logits[:, -1]
-        finally:
-            _now.rows = ()
-        for row in rows:
-            if row is not None:
-                row.length += len(tokens[0])
-        return logits
+    def table(self, rows: int) -> _Table:
+        """Where the rows of one call of `LanguageModel.generate` lie, so many at most."""
+        return _Table(min(self.width, rows) if self.grouped else 0)
 
-    def read(self, prompt: list[int], capacity: int) -> tuple[_Row, torch.Tensor]:
-        """Read a prompt: its keys and values, and the logits after it."""
-        row = _Row(capacity)
-        # The last token is always read anew, for its logits.
-        for end in range(self.block, len(prompt), self.block):
-            key = tuple(prompt[:end])
-            kept = self._blocks.get(key)
-            if kept is not None:
-                self._blocks.move_to_end(key)
-                row.paste(kept)
-                continue
-            self.forward([row], [prompt[end - self.block : end]])
-            self._keep(key, row.cut(end - self.block, end))
-        return row, self.forward([row], [prompt[row.length :]])[0]
+    def _forward(self, this: _Round, ids: list[list[int]], positions: list[list[int]], keep: list[int] | None) -> torch.Tensor:
+        """Logits: of each row's last token, or of the tokens ``keep`` of a single row; ``(rows or kept, vocabulary)``."""
+        _now.round = this
+        more: dict[str, Any] = {}
+        if self.last_only:
+            more["logits_to_keep"] = 1 if keep is None else torch.tensor(keep, device=self.device)
+        try:
+            logits: torch.Tensor = self.model(
+                input_ids=torch.tensor(ids, device=self.device), position_ids=torch.tensor(positions, device=self.device),
+                use_cache=False, **more,
+            ).logits  # fmt: skip
+        finally:
+            _now.round = None
+        if keep is None:
+            return logits[:, -1]
+        return logits[0] if self.last_only else logits[0, keep]
+
+    def read(self, prompts: Sequence[list[int]], capacities: Sequence[int]) -> list[tuple[_Row, torch.Tensor]]:
+        """Read prompts: the keys and values of each, and the logits after it."""
+        rows = [_Row(capacity) for capacity in capacities]
+        found: dict[int, torch.Tensor] = {}
+        while len(found) < len(rows):
+            parts: list[tuple[int, int]] = []  # index of the prompt, end of the part
+            begun: set[tuple[int, ...]] = set()
+            total = 0
+            for index, (row, prompt) in enumerate(zip(rows, prompts, strict=True)):
+                if index in found:
+                    continue
+                self._take_kept(row, prompt)
+                # The last token is always read anew, for its logits.
+                end = row.length + self.block if row.length + self.block < len(prompt) else len(prompt)
+                key = tuple(prompt[:end])
+                if end < len(prompt) and key in begun:
+                    continue  # another prompt begins alike: this one takes what that one leaves
+                if parts and (not self.packs or total + end - row.length > PACK.get(self.device.type, 192) or len(parts) >= self.width):
+                    break
+                begun.add(key)
+                parts.append((index, end))
+                total += end - row.length
+            found.update(self._read_parts(rows, prompts, parts))
+        return [(row, found[index]) for index, row in enumerate(rows)]
+
+    def _take_kept(self, row: _Row, prompt: list[int]) -> None:
+        while row.length + self.block < len(prompt):
+            kept = self._blocks.get(tuple(prompt[: row.length + self.block]))
+            if kept is None:
+                return
+            self._blocks.move_to_end(tuple(prompt[: row.length + self.block]))
+            row.paste(kept)
+
+    def _read_parts(self, rows: Sequence[_Row], prompts: Sequence[list[int]], parts: Sequence[tuple[int, int]]) -> dict[int, torch.Tensor]:
+        """Read one part of each of several prompts in one pass; the logits of those that end with it."""
+        ids: list[int] = []
+        positions: list[int] = []
+        alone: list[tuple[_Row, int, int, int]] = []
+        for index, end in parts:
+            row = rows[index]
+            alone.append((row, 0, len(ids), len(ids) + end - row.length))
+            ids += prompts[index][row.length : end]
+            positions += range(row.length, end)
+        idle = max(0, self.least - len(ids))
+        ended = [n for n, (index, end) in enumerate(parts) if end == len(prompts[index])]
+        # The last layer too must never see fewer rows than it takes for the same bits.
+        keep = [alone[n][3] - 1 for n in ended] or [0]
+        keep += [keep[-1]] * (self.least - len(keep))
+        logits = self._forward(_Round(None, alone, self.device), [ids + [0] * idle], [positions + [0] * idle], keep)
+        for index, end in parts:
+            row, start = rows[index], rows[index].length
+            row.length = end
+            if end < len(prompts[index]):
+                self._keep(tuple(prompts[index][:end]), row.cut(start, end))
+        return {parts[n][0]: logits[place] for place, n in enumerate(ended)}
 
     def _keep(self, key: tuple[int, ...], block: _Block) -> None:
+        if key in self._blocks:
+            return
         self._blocks[key] = block
         self._bytes += block.nbytes
         while self._bytes > PREFIX_MB * 2**20 and self._blocks:
             self._bytes -= self._blocks.popitem(last=False)[1].nbytes
 
-    def write(self, rows: list[_Row], tokens: list[int]) -> torch.Tensor:
+    def write(self, table: _Table, rows: Sequence[_Row], tokens: Sequence[int]) -> list[torch.Tensor]:
         """Add one token to each row; the logits after it."""
-        idle = max(0, self.least - len(rows))
-        return self.forward([*rows, *[None] * idle], [[t] for t in [*tokens, *[0] * idle]])[: len(rows)]
+        token = {id(row): t for row, t in zip(rows, tokens, strict=True)}
+        order = table.settle(rows)
+        inside = len(table.rows)
+        idle = max(0, self.least - len(order))
+        this = _Round(table, [(row, at, 0, 1) for at, row in enumerate(order) if at >= inside], self.device)
+        logits = self._forward(
+            this, [*([token[id(row)]] for row in order), *[[0]] * idle], [*([row.length] for row in order), *[[0]] * idle], None
+        )
+        for row in order:
+            row.length += 1
+        place = {id(row): at for at, row in enumerate(order)}
+        return [logits[place[id(row)]] for row in rows]
 
     def agrees(self) -> bool:
-        """Compare with the library's own way, and find the width within which a row's bits stay the same."""
+        """Compare with the library's own way, and find the widths between which a row's bits stay the same."""
         self.model.set_attn_implementation(ATTENTION)
         limit = int(self.model.get_input_embeddings().weight.shape[0])
         probe = [(7919 * n + 13) % limit for n in range(1, 10)]
         try:
-            row, logits = self.read(probe[:5], len(probe))
+            table = _Table(1)
+            ((row, logits),) = self.read([probe[:5]], [len(probe)])
             for token in probe[5:]:
-                logits = self.forward([row], [[token]])[0]
+                logits = self.write(table, [row], [token])[0]
         except _UnsupportedError:
             self.model.set_attn_implementation(self.own)
             return False
@@ -274,20 +514,61 @@ class _Shared:
         if not torch.allclose(logits.float(), wanted.float(), rtol=loose, atol=loose * float(wanted.float().std())):
             return False
         self.model.set_attn_implementation(ATTENTION)
-        widths = WIDTHS.get(self.device.type, (8,))
-
-        def last(count: int, place: int) -> torch.Tensor:
-            company: list[_Row | None] = [None] * count
-            company[place] = self.read(probe, len(probe) + 1)[0]
-            return self.forward(company, [[13]] * count)[place]
-
-        alone = last(2, 0)
-        for width in widths:
-            if all(torch.equal(alone, last(width, place)) for place in (0, width - 1)):
-                self.width, self.least = width, 2
-                return True
-        self.width = self.least = widths[-1] if self.device.type == "cpu" else widths[0]
+        for self.grouped in (True, False):
+            found = self._find_width(probe, [(104_729 * n + 7) % limit for n in range(1, 8)])
+            if found:
+                self.least, self.width = found
+                break
+        else:
+            self.grouped = False
+            self.least = self.width = FIXED_WIDTH.get(self.device.type, 8)
+        self.packs = self._may_pack(limit)
+        self._blocks.clear()
+        self._bytes = 0
         return True
+
+    def _find_width(self, probe: list[int], other: list[int]) -> tuple[int, int] | None:
+        """The first pair of `WIDTHS` between which the probe's logits stay the same, wherever it stands."""
+        self.least = 1
+        ((read, _),) = self.read([probe], [len(probe) + 1])
+        ((company, _),) = self.read([other], [len(other) + 1])
+        seen: dict[tuple[int, int], torch.Tensor] = {}
+
+        def logits(count: int, place: int) -> torch.Tensor:
+            if (count, place) not in seen:
+                rows = [_Row(len(other) + 1) for _ in range(count)]
+                rows[place] = _Row(len(probe) + 1)
+                for at, row in enumerate(rows):
+                    source = read if at == place else company
+                    row.paste(source.cut(0, source.length))
+                seen[(count, place)] = self.write(_Table(count if self.grouped else 0), rows, [13] * count)[place]
+            return seen[(count, place)]
+
+        for least, width in WIDTHS.get(self.device.type, ((2, 8),)):
+            places = [(width, width - 1), (width, 0), (least + 1, least)]
+            places += [(count, count // 2) for count in (8, 15, 16, 17, 24) if least < count < width]
+            if all(torch.equal(logits(least, 0), logits(*at)) for at in places):
+                return least, width
+        return None
+
+    def _may_pack(self, limit: int) -> bool:
+        """Whether a prompt that shares a pass with others gets the same bits as one that is read alone."""
+        most = PACK.get(self.device.type, 192)
+        lengths = [3, 40, 17]
+        while sum(lengths) < most:
+            lengths.append(min(self.block, most - sum(lengths)))
+        prompts = [[(7919 * n + 31 * row + 5) % limit for n in range(length)] for row, length in enumerate(lengths)]
+        tested = (0, 1, len(prompts) - 1)
+        self.packs = False
+        alone = {n: self.read([prompts[n]], [lengths[n]])[0] for n in tested}
+        self.packs = True
+        together = self.read(prompts, lengths)
+        return all(
+            torch.equal(alone[n][1], together[n][1])
+            and all(torch.equal(alone[n][0].keys[i], together[n][0].keys[i]) for i in alone[n][0].keys)
+            and all(torch.equal(alone[n][0].values[i], together[n][0].values[i]) for i in alone[n][0].values)
+            for n in tested
+        )
 
 
 class _Single:
@@ -303,16 +584,19 @@ class _Single:
         out = self.model(input_ids=torch.tensor([tokens], device=self.device), use_cache=True, **{self.state: cache})
         return out[self.state], out.logits[0, -1]
 
-    def read(self, prompt: list[int], capacity: int) -> tuple[Any, torch.Tensor]:
-        cache, logits = self._forward(None, prompt)
-        return [cache], logits
+    def table(self, rows: int) -> None:
+        return None
 
-    def write(self, rows: list[Any], tokens: list[int]) -> torch.Tensor:
+    def read(self, prompts: Sequence[list[int]], capacities: Sequence[int]) -> list[tuple[Any, torch.Tensor]]:
+        found = [self._forward(None, prompt) for prompt in prompts]
+        return [([cache], logits) for cache, logits in found]
+
+    def write(self, table: None, rows: Sequence[Any], tokens: Sequence[int]) -> list[torch.Tensor]:
         logits = []
         for row, token in zip(rows, tokens, strict=True):
             row[0], one = self._forward(row[0], [token])
             logits.append(one)
-        return torch.stack(logits)
+        return logits
 
 
 class _Words:
@@ -426,7 +710,7 @@ class LanguageModel:
         fixed_width: Whether rounds are filled up with idle rows, because this machine gives a row other bits in other company.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, device: str, name: str) -> None:
+    def __init__(self, model: Any, tokenizer: Any, device: str, name: str, alone: bool = False) -> None:
         self.name = name
         self.tokenizer = tokenizer
         self._device = torch.device(device)
@@ -440,7 +724,7 @@ class LanguageModel:
         last_only = "logits_to_keep" in inspect.signature(model.forward).parameters
         shared = _Shared(model, self._device, last_only)
         with torch.inference_mode():
-            fits = self._supports(model) and shared.agrees()
+            fits = not alone and self._supports(model) and shared.agrees()
         self._run: _Shared | _Single = shared if fits else _Single(model, self._device)
 
     @staticmethod
@@ -559,36 +843,37 @@ class LanguageModel:
         read: dict[tuple[int, ...], tuple[Any, torch.Tensor]] = {}
         running: dict[int, tuple[Any, _Writer]] = {}
         held: dict[int, int] = {}
+        table = self._run.table(len(requests))
         while waiting or running:
-            while waiting and len(running) < self._run.width:
+            joining: list[int] = []
+            while waiting and len(running) + len(joining) < self._run.width:
                 index = waiting[0]
                 request = requests[index]
                 need = len(request.prompt) + request.max_tokens
-                if running and sum(held.values()) + need > KV_TOKENS:
+                if held and sum(held.values()) + need > KV_TOKENS:
                     break
                 waiting.popleft()
-                key = tuple(request.prompt)
-                alike[key] -= 1
-                if not wanted(index):
-                    if not alike[key]:
-                        read.pop(key, None)
-                    continue
-                row, logits = self._read(request, key, alike[key], read)
+                alike[tuple(request.prompt)] -= 1
+                if wanted(index):
+                    joining.append(index)
+                    held[index] = need
+            for index, row, logits in self._read([(index, requests[index]) for index in joining], alike, read):
                 wrote(index, 0)
-                writer = _Writer(request, _Words(self.tokenizer, request.prompt), self._ends)
+                writer = _Writer(requests[index], _Words(self.tokenizer, requests[index].prompt), self._ends)
                 writer.take(logits)
                 if writer.finish:
+                    del held[index]
                     yield index, writer.completion()
                     continue
-                running[index], held[index] = (row, writer), need
+                running[index] = (row, writer)
             for index in [n for n in running if not wanted(n)]:
                 del running[index], held[index]
             if not running:
                 continue
-            logits = self._run.write([row for row, _ in running.values()], [w.tokens[-1] for _, w in running.values()])
+            logits_of = self._run.write(table, [row for row, _ in running.values()], [w.tokens[-1] for _, w in running.values()])  # type: ignore[arg-type]
             ended = []
-            for place, (index, (_, writer)) in enumerate(running.items()):
-                writer.take(logits[place])
+            for (index, (_, writer)), logits in zip(running.items(), logits_of, strict=True):
+                writer.take(logits)
                 wrote(index, len(writer.tokens))
                 if writer.finish:
                     ended.append((index, writer.completion()))
@@ -597,19 +882,37 @@ class LanguageModel:
                 yield index, completion
 
     def _read(
-        self, request: Request, key: tuple[int, ...], more: int, read: dict[tuple[int, ...], tuple[Any, torch.Tensor]]
-    ) -> tuple[Any, torch.Tensor]:
-        """Read a prompt, or fork it where an equal one was read; ``more`` requests with it are still to come."""
+        self, joining: Sequence[tuple[int, Request]], alike: Counter[tuple[int, ...]], read: dict[tuple[int, ...], tuple[Any, torch.Tensor]]
+    ) -> Iterator[tuple[int, Any, torch.Tensor]]:
+        """Read the prompts of requests that join the round; equal ones are read once and forked.
+
+        Args:
+            joining: Index and request of each.
+            alike: By prompt, how many more requests with it are still to come.
+            read: Prompts that were read and are needed again.
+
+        Yields:
+            Index, row and the logits after the prompt.
+        """
         run = self._run
-        need = len(request.prompt) + request.max_tokens
-        if not isinstance(run, _Shared) or (not more and key not in read):
-            return run.read(request.prompt, need)
-        if key not in read:
-            read[key] = run.read(request.prompt, len(request.prompt))
-        kept, logits = read[key] if more else read.pop(key)
-        row = _Row(need)
-        row.paste(kept.cut(0, kept.length))
-        return row, logits
+        keys = [tuple(request.prompt) for _, request in joining]
+        here = Counter(keys)
+        fork = isinstance(run, _Shared)
+        new = [n for n, key in enumerate(keys) if not fork or (key not in read and keys.index(key) == n)]
+        room = [len(keys[n]) if fork and here[keys[n]] + alike[keys[n]] > 1 else len(keys[n]) + joining[n][1].max_tokens for n in new]
+        fresh = dict(zip(new, run.read([list(keys[n]) for n in new], room), strict=True)) if new else {}
+        if fork:
+            read.update({keys[n]: fresh[n] for n in new if here[keys[n]] + alike[keys[n]] > 1})
+        for n, (index, request) in enumerate(joining):
+            if not fork or keys[n] not in read:
+                row, logits = fresh[n]
+            else:
+                kept, logits = read[keys[n]]
+                row = _Row(len(keys[n]) + request.max_tokens)
+                row.paste(kept.cut(0, kept.length))
+            yield index, row, logits
+        for key in [k for k in read if not alike[k]]:
+            del read[key]
 
 
 def load_language(model: ResolvedModel, device: str = "cpu") -> LanguageModel:
@@ -626,9 +929,14 @@ def load_language(model: ResolvedModel, device: str = "cpu") -> LanguageModel:
         ModelUnavailable: If something is missing or is not what it should be; the message says what.
     """
     source = find_source(model)
+    options = InferenceOptions.of(model, device)
     if source.endswith(".gguf"):
         gguf = Path(source)
         source = str(model.converted("safetensors", lambda folder: _dequantise(gguf, folder)))
+    if options.engine == "vllm":
+        from worker.engines.vllm import load_vllm
+
+        return load_vllm(model, source, device)
     transformers.utils.logging.disable_progress_bar()
     dtype = pick_dtype(model, device)
     revision = model.options.get("revision")
@@ -636,15 +944,18 @@ def load_language(model: ResolvedModel, device: str = "cpu") -> LanguageModel:
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False, **more)
         net: Any = transformers.AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype, use_safetensors=True, trust_remote_code=False, **more
-        )
+            source, dtype=dtype, use_safetensors=True, trust_remote_code=False, **more,
+            **({"attn_implementation": options.attention} if options.attention else {}),
+        )  # fmt: skip
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ModelUnavailable(f"model {model.name}: cannot be loaded from {source}: {first_line(error)}") from error
     adapter = model.files.get("adapter") or model.options.get("adapter")
     if adapter:
         net = _with_adapter(net, Path(str(adapter)), model.name)
     transformers.AttentionInterface.register(ATTENTION, _attend)
-    return LanguageModel(net.to(device).eval().requires_grad_(False), tokenizer, device, model.name)
+    net = prepare(net.to(device).eval().requires_grad_(False), options)
+    # Inputs in eight bits are scaled by the largest of all rows: rows of other jobs must not be among them.
+    return LanguageModel(net, tokenizer, device, model.name, alone=bool(options.quantize))
 
 
 def find_source(model: ResolvedModel) -> str:

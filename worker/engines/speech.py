@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from contentfactory.errors import InputError, ModelUnavailable
 from worker.engines.files import ResolvedModel
+from worker.engines.options import InferenceOptions, prepare
 
 Samples = npt.NDArray[np.float32]
 
@@ -153,8 +154,10 @@ class VitsVoice:
             raise ModelUnavailable(
                 f"model {model.name}: engine transformers-tts needs a folder with config.json and safetensors"
             )
+        options = InferenceOptions.of(model, "cpu")
         try:
             network = VitsModel.from_pretrained(folder, local_files_only=True, use_safetensors=True).eval()
+            network = prepare(network, options)
             tokenizer = VitsTokenizer.from_pretrained(folder, local_files_only=True)
         except MemoryError:
             raise

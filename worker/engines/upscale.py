@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from contentfactory.errors import InputError, ModelUnavailable
 from worker.engines.files import ResolvedModel
+from worker.engines.options import InferenceOptions, autocast, prepare
 from worker.networks.span import RECEPTIVE_RADIUS, Span, SpanConfig
 
 TILE = 160
@@ -164,6 +165,7 @@ def load_upscaler(model: ResolvedModel, device: str = "cpu") -> Upscaler:
         for scale in scales:
             save_file(read_ncnn(model.files[f"x{scale}.param"], model.files[f"x{scale}.bin"]), folder / f"x{scale}.safetensors")
 
+    options = InferenceOptions.of(model, device)
     try:
         folder = model.converted("safetensors", convert)
         nets = {}
@@ -172,7 +174,8 @@ def load_upscaler(model: ResolvedModel, device: str = "cpu") -> Upscaler:
             blocks = sum(name.endswith(".c1.weight") for name in tensors)
             net = Span(SpanConfig(scale, tensors["enter.weight"].shape[0], blocks))
             net.load_state_dict(tensors)
-            nets[scale] = net.eval().requires_grad_(False).to(device)
+            net = autocast(net.eval().requires_grad_(False).to(device), options.dtype, device)
+            nets[scale] = prepare(net, options)
     except (OSError, KeyError, ValueError, RuntimeError, struct.error) as error:
         if isinstance(error, torch.cuda.OutOfMemoryError):
             raise

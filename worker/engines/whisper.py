@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from contentfactory.errors import InputError, ModelUnavailable
 from worker.engines.files import ResolvedModel
+from worker.engines.options import InferenceOptions, prepare
 
 Samples = npt.NDArray[np.float32]
 RATE = 16_000
@@ -109,6 +110,7 @@ class _Fast:
             raise ModelUnavailable(
                 f"model {model.name}: the package faster-whisper is not installed; run `make setup`"
             ) from None
+        InferenceOptions.of(model, device)  # refuses what was tuned for another device
         kind, _, index = device.partition(":")
         compute = str(model.options.get("compute_type") or ("float16" if kind == "cuda" else "int8"))
         try:
@@ -200,7 +202,8 @@ class _Transformers:
         )
 
         transformers.utils.logging.disable_progress_bar()
-        dtype = torch.float16 if device.startswith("cuda") else torch.float32
+        options = InferenceOptions.of(model, device)
+        dtype = getattr(torch, options.dtype or ("float16" if device.startswith("cuda") else "float32"))
         try:
             network = WhisperForConditionalGeneration.from_pretrained(
                 folder, local_files_only=True, use_safetensors=True, dtype=dtype
@@ -212,6 +215,7 @@ class _Transformers:
             raise ModelUnavailable(
                 f"model {model.name}: {folder.name} is not a Whisper model ({str(error)[:200]})"
             ) from None
+        network = prepare(network.to(device), options)
         pipe = AutomaticSpeechRecognitionPipeline(
             model=network, tokenizer=processor.tokenizer, feature_extractor=processor.feature_extractor,
             device=torch.device(device), dtype=dtype,

@@ -525,10 +525,16 @@ def limit(buffer: AudioBuffer, ceiling_db: float = -1.5, lookahead_s: float = 0.
     # The mean of minima over a window never exceeds the need at its centre, so the ceiling holds exactly.
     low = scipy.ndimage.minimum_filter1d(need, 2 * half + 1, mode="nearest")
     window = scipy.signal.windows.hann(2 * half + 1)
-    gain = np.minimum(
-        scipy.ndimage.convolve1d(low, (window / window.sum()).astype(np.float32), mode="nearest"), need
-    )
-    return AudioBuffer((buffer.samples * gain).astype(np.float32), buffer.sample_rate)
+    weights = (window / window.sum()).astype(np.float32)
+    # Far from any peak the mean is that of ones: only around peaks it has to be computed.
+    gain = np.full_like(low, scipy.ndimage.convolve1d(np.ones_like(low[:1]), weights, mode="nearest")[0])
+    peaks = np.flatnonzero(low < 1)
+    for run in np.split(peaks, np.flatnonzero(np.diff(peaks) > 2 * half) + 1):
+        start, stop = max(0, int(run[0]) - half), int(run[-1]) + half + 1
+        begin = max(0, start - half)
+        mean = scipy.ndimage.convolve1d(low[begin : stop + half], weights, mode="nearest")
+        gain[start:stop] = mean[start - begin :][: stop - start]
+    return AudioBuffer((buffer.samples * np.minimum(gain, need)).astype(np.float32), buffer.sample_rate)
 
 
 def normalize(buffer: AudioBuffer, lufs: float = -16.0, ceiling_db: float = -1.5) -> AudioBuffer:

@@ -19,16 +19,17 @@ _NEW = {
     "ix_jobs_batch_unwell": (["batch_id", "line", "id"], "state IN ('failed', 'dead', 'cancelled')"),
     "ix_jobs_unwell": (["project_id", "id"], "state IN ('failed', 'dead', 'cancelled')"),
     "ix_jobs_blocked": (["id"], "state = 'blocked'"),
+    "ix_jobs_running": (["id"], "state = 'running'"),
 }
 _OLD = {
     "ix_jobs_batch_line": (["batch_id", "line", "id"], None),
     "ix_jobs_result": (["result_key"], "state = 'succeeded'"),
     "ix_jobs_batch_state": (["batch_id", "state", "id"], None),
+    "ix_jobs_running": (["lease_until"], "state = 'running'"),
 }
 _KEPT = {
     "ix_jobs_queued": (["queue", "project_id", "band", "rank", "id"], "state = 'queued'"),
     "ix_jobs_dispatched": (["queue", "dispatched_at"], "state = 'dispatched'"),
-    "ix_jobs_running": (["lease_until"], "state = 'running'"),
     "ix_jobs_project": (["project_id", "id"], None),
     "ix_jobs_retry_of": (["retry_of"], "retry_of IS NOT NULL"),
 }

@@ -27,10 +27,15 @@ class _Spoken:
     skipped: int
 
 
+def get_voice(context: JobContext) -> Voice:
+    """The micro-batch's voice out of the cache."""
+    return context.load(load_voice)
+
+
 @runs(AudioSpeech)
 def speech(params: list[AudioSpeech], context: JobContext) -> Iterator[Yield]:
     """Say each job's text sentence by sentence; each sentence draws from its own seed, so neighbours change nothing."""
-    voice = context.load(load_voice)
+    voice = get_voice(context)
     for job, one in enumerate(params):
         try:
             made = _say(one, voice, context, job)

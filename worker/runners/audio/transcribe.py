@@ -18,14 +18,19 @@ WINDOW_S = 600.0
 """Most seconds that a recogniser gets at once: memory stays flat on long recordings."""
 
 
-@runs(AudioTranscribe)
-def transcribe(params: list[AudioTranscribe], context: JobContext) -> Iterator[Yield]:
-    """Transcribe each recording alone: what one says cannot leak into its neighbours."""
+def get_recogniser(context: JobContext) -> Recogniser:
+    """The micro-batch's recogniser out of the cache."""
 
     def load(model: ResolvedModel) -> Recogniser:
         return load_recogniser(model, context.device)
 
-    recogniser = context.load(load)
+    return context.load(load)
+
+
+@runs(AudioTranscribe)
+def transcribe(params: list[AudioTranscribe], context: JobContext) -> Iterator[Yield]:
+    """Transcribe each recording alone: what one says cannot leak into its neighbours."""
+    recogniser = get_recogniser(context)
     for job, one in enumerate(params):
         try:
             yield from _transcribe(one, recogniser, context, job)

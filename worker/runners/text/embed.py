@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from contentfactory.errors import FactoryError, InputError, JobCancelled
+from contentfactory.errors import InputError, JobCancelled
 from contentfactory.jobs.text import TextEmbed
 from worker.context import Failure, JobContext, Output, Yield
 from worker.engines.encoder import Encoder, load_encoder, normalise
@@ -20,13 +20,14 @@ def embed(params: list[TextEmbed], context: JobContext) -> Iterator[Yield]:
     encoder = load(context)
     tokens: list[list[int]] = []
     owners: list[int] = []
+    coded = iter(_encode(encoder, params))
     for job, one in enumerate(params):
-        try:
-            found = _encode(encoder, one)
-        except FactoryError as error:
-            yield Failure(job, error)
+        found = [next(coded) for _ in one.input]
+        wrong = next(((n, error) for n, error in enumerate(found) if isinstance(error, InputError)), None)
+        if wrong is not None:
+            yield Failure(job, InputError(wrong[1].message, param=f"input.{wrong[0]}"))
             continue
-        tokens += found
+        tokens += [ids for ids in found if not isinstance(ids, InputError)]
         owners += [job] * len(found)
     first = {job: owners.index(job) for job in set(owners)}
     vectors: dict[int, dict[int, NDArray[np.float32]]] = {job: {} for job in first}
@@ -59,14 +60,12 @@ def load(context: JobContext, model: ResolvedModel | None = None) -> Encoder:
     return context.load(encoder, model)
 
 
-def _encode(encoder: Encoder, params: TextEmbed) -> list[list[int]]:
-    found = []
-    for index, text in enumerate(params.input):
-        try:
-            found.append(encoder.encode(str(text), truncate=params.truncate))
-        except InputError as error:
-            raise InputError(error.message, param=f"input.{index}") from None
-    return found
+def _encode(encoder: Encoder, params: list[TextEmbed]) -> list[list[int] | InputError]:
+    """Token ids of all texts of all jobs, in their order."""
+    texts = [[str(text) for text in one.input] for one in params]
+    if len({one.truncate for one in params}) == 1:
+        return encoder.encode_all([text for own in texts for text in own], truncate=params[0].truncate)
+    return [ids for own, one in zip(texts, params, strict=True) for ids in encoder.encode_all(own, truncate=one.truncate)]
 
 
 def _output(job: int, params: TextEmbed, matrix: NDArray[np.float32], tokens: int, encoder: Encoder) -> Output:

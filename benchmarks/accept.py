@@ -1,0 +1,192 @@
+"""Bulk accept: rows a second from a file, checked, to committed rows, beside raw COPY or executemany of the very same rows.
+
+The raw side gets ready-made values, one statement, one transaction, and the same table with all its indices and foreign keys; it
+checks nothing. Ours reads, validates each line by its kind, computes ids, seeds and share keys, keeps the manifest, and commits in
+chunks that may be continued after a crash.
+"""
+
+import gc
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+from sqlalchemy import text
+
+from benchmarks.harness import ROOT, Bench, Factory
+
+WORDS = "river stone light engine garden winter paper signal copper orchard thunder violin harbour meadow lantern".split()
+
+
+def words(n: int) -> str:
+    """A short text of its own for each row."""
+    return " ".join(WORDS[(n * k) % len(WORDS)] for k in range(1, 5 + n % 12)) + f" number {n}"
+
+
+def write_manifest(path: Path, rows: int) -> Path:
+    """Rows as job lines (``.jsonl``) or as a table (``.csv``)."""
+    with open(path, "w") as out:
+        if path.suffix == ".csv":
+            out.write("id,text\n")
+            out.writelines(f"row-{n},{words(n)}\n" for n in range(rows))
+        else:
+            for n in range(rows):
+                out.write(json.dumps({"custom_id": f"row-{n}", "kind": "text.echo", "params": {"text": words(n)}}) + "\n")
+    return path
+
+
+def accept(factory: Factory, path: Path) -> dict[str, float]:
+    """Hand in a manifest; rows a second from the open file to the last commit."""
+    from producer import manifest as manifests
+
+    producer = factory.producer(publish=False)
+    begun, cpu = time.monotonic(), time.process_time()
+    table = {"kind": "text.echo", "sets": {"id": "{id}", "text": "{text}"}} if path.suffix == ".csv" else {}
+    batch_id, _ = producer.create_batch(manifests.open_manifest(path, **table), resume=False)
+    checked = time.monotonic()
+    producer.expand(batch_id)
+    ended, used = time.monotonic(), time.process_time() - cpu
+    with factory.database.read() as conn:
+        rows = int(conn.execute(text("SELECT count(*) FROM jobs")).scalar_one())
+    return {"value": rows / (ended - begun), "checked/s": rows / (checked - begun), "written/s": rows / (ended - checked), "µs/row": used / rows * 1e6}
+
+
+def _empty(factory: Factory) -> None:
+    with factory.database.write() as conn:
+        for table in ("batch_deltas", "batch_counts", "events", "job_dependencies", "jobs", "batches"):
+            conn.execute(text(f"DELETE FROM {table}"))
+    if not factory.database.sqlite:
+        with factory.database.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as conn:
+            conn.execute(text("VACUUM jobs"))
+
+
+def _captured(factory: Factory) -> tuple[list[str], list[tuple[Any, ...]]]:
+    """The rows that our side wrote, as the driver takes them back."""
+    columns: list[str] = []
+    with factory.database.read() as conn:
+        if factory.database.sqlite:
+            cursor = conn.exec_driver_sql("SELECT * FROM jobs")
+            columns = list(cursor.keys())
+            return columns, [tuple(r) for r in cursor]
+        columns = list(conn.execute(text("SELECT column_name FROM information_schema.columns WHERE table_name = 'jobs' ORDER BY ordinal_position")).scalars())
+        # JSON as text: nothing is decoded and encoded for the raw side.
+        json_columns = set(
+            conn.execute(text("SELECT column_name FROM information_schema.columns WHERE table_name = 'jobs' AND data_type LIKE 'json%'")).scalars()
+        )
+        chosen = ", ".join(f'"{c}"::text' if c in json_columns else f'"{c}"' for c in columns)
+        return columns, [tuple(r) for r in conn.execute(text(f"SELECT {chosen} FROM jobs"))]
+
+
+def raw(factory: Factory, columns: list[str], rows: list[tuple[Any, ...]]) -> dict[str, float]:
+    """COPY or executemany of ready-made values in one transaction."""
+    names = ", ".join(f'"{c}"' for c in columns)
+    gc.collect()
+    begun, cpu = time.monotonic(), time.process_time()
+    with factory.database.write() as conn:
+        driver = conn.connection.driver_connection
+        if factory.database.sqlite:
+            driver.executemany(f"INSERT INTO jobs ({names}) VALUES ({', '.join('?' * len(columns))})", rows)
+        else:
+            with driver.cursor() as cursor, cursor.copy(f"COPY jobs ({names}) FROM STDIN") as copy:
+                for row in rows:
+                    copy.write_row(row)
+    took, used = time.monotonic() - begun, time.process_time() - cpu
+    return {"value": len(rows) / took, "µs/row": used / len(rows) * 1e6}
+
+
+def _compare(bench: Bench, profile: str, suffix: str) -> None:
+    name = f"accept.{'postgresql' if profile == 'production' else 'sqlite'}_{suffix}"
+    if not bench.wants(name):
+        return
+    rows = bench.pick(300, 20_000, 100_000)
+    way = "COPY" if profile == "production" else "executemany"
+    with bench.case(name, f"{rows:,} rows of a {suffix.upper()} manifest beside raw {way} into the same table", "rows/s") as case, bench.factory(profile) as factory:
+        path = write_manifest(factory.folder / f"manifest.{suffix}", rows)
+        captured: list[Any] = []
+
+        def ours() -> dict[str, float]:
+            _empty(factory)
+            sample = accept(factory, path)
+            captured[:] = _captured(factory)
+            return sample
+
+        def ready_made() -> dict[str, float]:
+            columns, found = captured
+            # The batch's row stays, for the foreign key.
+            with factory.database.write() as conn:
+                conn.execute(text("DELETE FROM jobs"))
+            if not factory.database.sqlite:
+                with factory.database.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as conn:
+                    conn.execute(text("VACUUM jobs"))
+            return raw(factory, columns, found)
+
+        def one_call() -> dict[str, float]:
+            _empty(factory)
+            params = [{"text": words(n)} for n in range(rows)]
+            producer = factory.producer(publish=False)
+            begun, cpu = time.monotonic(), time.process_time()
+            for start in range(0, rows, 10_000):
+                producer.submit_many("text.echo", params[start : start + 10_000])
+            took, used = time.monotonic() - begun, time.process_time() - cpu
+            return {"value": rows / took, "µs/row": used / rows * 1e6}
+
+        sides: dict[str, Callable[[], Any]] = {"ours": ours, f"raw {way}": ready_made}
+        if suffix == "jsonl":
+            sides["ours, submit_many"] = one_call
+        for _ in range(bench.rounds):
+            for side, call in sides.items():
+                case.add(side, call())
+        case.ratio("ours", f"raw {way}", target=0.5)
+        if suffix == "jsonl":
+            case.ratio("ours, submit_many", f"raw {way}", target=0.5)
+
+
+def _memory(bench: Bench) -> None:
+    if not bench.wants("accept.memory"):
+        return
+    rows = bench.pick(300, 100_000, 1_000_000)
+    with bench.case("accept.memory", f"memory of the accepting process over {rows:,} rows (CSV, SQLite)", "MB", better="lower") as case:
+        folder = bench.folder / "memory"
+        folder.mkdir()
+        path = write_manifest(folder / "rows.csv", rows)
+        env = {k: v for k, v in os.environ.items() if not k.startswith("FACTORY_")}
+        env |= {"FACTORY_STATE_DIR": str(folder / "state"), "PYTHONPATH": str(ROOT)}
+        command = [
+            *(sys.executable, "-m", "contentfactory", "batch", "run", str(path), "--kind", "text.echo"),
+            *("--set", "id={id}", "--set", "text={text}", "--json"),
+        ]
+        samples: list[float] = []
+        begun = time.monotonic()
+        with subprocess.Popen(command, env=env, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+            one = psutil.Process(process.pid)
+            while process.poll() is None:
+                try:
+                    samples.append(one.memory_info().rss / 2**20)
+                except psutil.Error:
+                    break
+                time.sleep(0.05)
+            out = process.stdout.read() if process.stdout else ""
+        took = time.monotonic() - begun
+        accepted = json.loads(out)["total"]
+        if process.returncode or accepted != rows:
+            raise RuntimeError(f"{accepted} of {rows} rows were accepted; exit {process.returncode}")
+        for share in (0.25, 0.5, 0.75, 1.0):
+            case.add(f"at {share:.0%} of the time", {"value": samples[min(len(samples) - 1, int(share * len(samples)))]})
+        case.add("peak", {"value": max(samples)})
+        case.check("peak", max(samples), "<=", 300, "MB")
+        # `flat`: the second half needs no more than the first did, but for a little.
+        half = len(samples) // 2
+        case.check("peak of the second half over the first's", max(samples[half:]) / max(samples[:half] or samples), "<=", 1.1, "×")
+        case.note(f"{rows / took:,.0f} rows a second, start of the process included.")
+
+
+def run(bench: Bench) -> None:
+    for profile in ("production", "embedded"):
+        for suffix in ("jsonl", "csv"):
+            _compare(bench, profile, suffix)
+    _memory(bench)

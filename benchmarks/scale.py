@@ -1,0 +1,144 @@
+"""Cost of a job when many wait: claim, dispatch and commit beside backlogs of a thousand to a million rows, and listings at a million."""
+
+import time
+from typing import Any
+
+from sqlalchemy import text
+
+from benchmarks.harness import Bench, Factory, quantile
+
+
+def fill(factory: Factory, rows: int, batch_rows: int = 20_000) -> str:
+    """Queued rows of one batch, through the ledger's own insert."""
+    from contentfactory.ids import new_id
+    from contentfactory.jobs.spec import get_kind
+    from db import batches, lifecycle
+    from producer.enqueue import job_id_for
+
+    project = factory.producer(publish=False).project_id()
+    batch_id = new_id("batch")
+    spec = get_kind("text.echo")
+    params = spec.validate({"text": "x"})
+    data, share = params.model_dump(mode="json"), spec.share_key(params, None)
+    factory.database.run(lambda conn: batches.create(conn, batch_id, project, "scale", source={}, digest=None, priority=0))
+    for start in range(0, rows, batch_rows):
+        part = range(start, min(rows, start + batch_rows))
+        jobs = [
+            lifecycle.NewJob(
+                id=job_id_for(batch_id, str(n)), project_id=project, batch_id=batch_id, custom_id=str(n), line=n + 1, rank=n + 1, kind=spec.name,
+                queue=spec.queue, params=data, share_key=share, seconds=1e-4, seed=n,
+            )
+            for n in part
+        ]  # fmt: skip
+
+        def work(conn: Any, jobs: Any = jobs, old: int = start) -> None:
+            lifecycle.insert_jobs(conn, jobs, fresh=True)
+            batches.advance(conn, batch_id, old, old + len(jobs), len(jobs))
+
+        factory.database.run(work)
+    factory.database.run(lambda conn: batches.expanded(conn, batch_id))
+    factory.database.run(lifecycle.fold_counts)
+    if not factory.database.sqlite:
+        with factory.database.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as conn:
+            conn.execute(text("VACUUM ANALYZE"))
+    return batch_id
+
+
+def life(factory: Factory, groups: int) -> dict[str, float]:
+    """Dispatch, claim and commit groups; microseconds a job of each."""
+    from contentfactory.ids import new_id
+    from db import lifecycle
+
+    spent = {"dispatch": 0.0, "claim": 0.0, "commit": 0.0}
+    jobs = 0
+    settings = factory.settings
+    hints: list[Any] = []
+    for _ in range(groups):
+        if not hints:
+            begun = time.perf_counter()
+            hints = list(factory.database.run(lambda conn: lifecycle.dispatch(conn, "text", cap_s=settings.inflight_s)))
+            spent["dispatch"] += time.perf_counter() - begun
+            dispatched = sum(len(h.ids) for h in hints)
+            if not hints:
+                raise RuntimeError("nothing was dispatched")
+            spent.setdefault("dispatched", 0.0)
+            spent["dispatched"] += dispatched
+        hint = hints.pop(0)
+        begun = time.perf_counter()
+        claimed = factory.database.run(lambda conn, hint=hint: lifecycle.claim(conn, hint.ids, "bench", settings.lease_s))
+        spent["claim"] += time.perf_counter() - begun
+        results = [
+            lifecycle.Success(
+                c.id, c.attempt, (lifecycle.NewArtifact("text.txt", f"a/{new_id('art')}", "0" * 64, 1, "text/plain"),), (), None, None, {"compute_s": 0.0}
+            )
+            for c in claimed
+        ]  # fmt: skip
+        begun = time.perf_counter()
+        done = factory.database.run(lambda conn, results=results: lifecycle.finish(conn, results))
+        spent["commit"] += time.perf_counter() - begun
+        jobs += len(done)
+    for hint in hints:
+        factory.database.run(lambda conn, hint=hint: lifecycle.undispatch(conn, hint.ids))
+    return {
+        "dispatch µs": spent["dispatch"] / spent["dispatched"] * 1e6, "claim µs": spent["claim"] / jobs * 1e6, "commit µs": spent["commit"] / jobs * 1e6,
+        "value": (spent["dispatch"] / spent["dispatched"] + (spent["claim"] + spent["commit"]) / jobs) * 1e6,
+    }  # fmt: skip
+
+
+def listings(factory: Factory, batch_id: str, count: int) -> dict[str, list[float]]:
+    """Milliseconds of what a user looks at."""
+    from db import batches, jobs
+
+    project = factory.producer(publish=False).project_id()
+    with factory.database.read() as conn:
+        lowest = conn.execute(text("SELECT id FROM jobs WHERE project_id = :p ORDER BY id LIMIT 1 OFFSET 30"), {"p": project}).scalar()
+    looks = {
+        "batch progress": lambda c: batches.progress(c, batch_id),
+        "first page of jobs": lambda c: jobs.list_page(c, project),
+        "last page of jobs": lambda c: jobs.list_page(c, project, after=lowest),
+        "page of one batch": lambda c: jobs.list_page(c, project, batch_id=batch_id),
+        "last page of one batch": lambda c: jobs.list_page(c, project, batch_id=batch_id, after=lowest),
+        "queued of one batch": lambda c: jobs.list_page(c, project, batch_id=batch_id, state="queued"),
+        "succeeded of the project": lambda c: jobs.list_page(c, project, state="succeeded"),
+        "failed of one batch (none)": lambda c: jobs.list_page(c, project, batch_id=batch_id, state="failed"),
+        "failed of the project (none)": lambda c: jobs.list_page(c, project, state="failed"),
+        "one kind": lambda c: jobs.list_page(c, project, kind="text.echo"),
+    }
+    found: dict[str, list[float]] = {}
+    for name, look in looks.items():
+        for _ in range(count):
+            begun = time.perf_counter()
+            with factory.database.read() as conn:
+                look(conn)
+            found.setdefault(name, []).append((time.perf_counter() - begun) * 1e3)
+    return found
+
+
+def run(bench: Bench) -> None:
+    sizes = bench.pick((500, 1000), (1000, 100_000), (1000, 100_000, 1_000_000))
+    for profile in ("production", "embedded"):
+        database = "postgresql" if profile == "production" else "sqlite"
+        if not bench.wants(f"scale.{database}"):
+            continue
+        groups = bench.pick(2, 12, 12)
+        with bench.case(f"scale.{database}", "dispatch, claim and commit of a job beside a backlog, groups of up to 256", "µs/job", better="lower") as case:
+            worlds = []
+            try:
+                for rows in sizes:
+                    factory = bench.factory(profile)
+                    worlds.append((rows, factory, fill(factory, rows)))
+                    life(factory, 1)
+                # One group of a small backlog at a time, in turns: it must not run dry.
+                for _ in range(bench.rounds):
+                    for rows, factory, _batch in worlds:
+                        case.add(f"{rows:,} queued", life(factory, max(1, min(groups, rows // 1024))))
+                large, small = f"{sizes[-1]:,} queued", f"{sizes[0]:,} queued"
+                case.check(f"{large} ÷ {small}", case.series(large).median / case.series(small).median, "<=", 1.1, "×")
+                rows, factory, batch_id = worlds[-1]
+                looks = listings(factory, batch_id, bench.pick(2, 10, 20))
+                case.table(f"Looks at {rows:,} jobs, ms", ("look", "p50", "worst"), [(k, quantile(v, 0.5), max(v)) for k, v in looks.items()])
+                slowest = max(looks, key=lambda k: quantile(looks[k], 0.5))
+                case.check(f"slowest look ({slowest})", quantile(looks[slowest], 0.5), "<=", 100, "ms")
+            finally:
+                for _, factory, _batch in worlds:
+                    factory.close()

@@ -4,6 +4,7 @@ and in bounded memory, by the functions that the runners call; and a job that br
 
 import base64
 import functools
+import gc
 import hashlib
 import io
 import json
@@ -14,6 +15,7 @@ import sys
 import tarfile
 import time
 import wave
+import weakref
 import zipfile
 import zlib
 from pathlib import Path
@@ -654,6 +656,51 @@ def test_a_group_with_bombs_in_it(worker):
     assert [error.get("param") for _, error in found[1:6]] == ["picture"] * 5
     assert (found[0][1], found[8][1]) == ("(8, 8) image/png False", "1.0")
     assert worker({"picture": data_uri(picture("JPEG"), "text/html")}) == [("succeeded", "(16, 16) image/jpeg False")]
+
+
+def test_a_failed_job_keeps_nothing_of_what_its_runner_held(worker):
+    """An error that a job keeps must not hold the frames it passed through: the collector comes by rarely where little but pictures is made."""
+    held = []
+
+    class Large:
+        """Stands for a picture."""
+
+    @kind("trial.fail", queue="text", outputs=("text/plain",), max_group=16)
+    class Fail(Params):
+        """Fail in a way."""
+
+        how: str
+
+    @runners.runs(Fail)
+    def fail(params, context):
+        for job, one in enumerate(params):
+            picture = Large()
+            held.append(weakref.ref(picture))
+            try:
+                if one.how == "own":
+                    try:
+                        raise ValueError(picture)
+                    except ValueError as error:
+                        raise InputError("no") from error
+                if one.how == "upload":
+                    yield Output(job, "x.txt", "text/plain", lambda picture=picture: 1 / 0)
+                    continue
+            except InputError as error:
+                yield Failure(job, error)
+                continue
+            raise RuntimeError("unforeseen")
+
+    gc.collect()
+    gc.disable()
+    try:
+        assert {state for state, _ in worker({"how": "own"}, {"how": "own"}, kind_name="trial.fail")} == {"failed"}
+        worker({"how": "upload"}, {"how": "own"}, kind_name="trial.fail")
+        worker({"how": "raise"}, kind_name="trial.fail")
+        assert len(held) == 5 and [one() for one in held] == [None] * 5
+    finally:
+        gc.enable()
+        specs._REGISTRY.pop("trial.fail")
+        runners._RUNNERS.pop("trial.fail")
 
 
 CRASHING = """

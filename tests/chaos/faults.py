@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import celery
 import checker
 import psutil
 from harness import LEASE_S, REAPER_S, ROOT, Member, Scene, repeating, wait
@@ -35,7 +36,7 @@ from contentfactory.states import TERMINAL
 from db import lifecycle
 from db.session import Database
 from producer.enqueue import Producer
-from producer.publish import Publisher
+from producer.publish import Publisher, celery_options
 from producer.supervisor import worker_host
 
 RESCUE_S = LEASE_S + 3 * REAPER_S + 3.0
@@ -374,7 +375,10 @@ def malformed(scene: Scene, jobs: int, report: Report) -> None:
     before = {m.name: m.starts for m in scene.fleet.members}
     judge(scene, report, 60 + jobs / 10, expect=dict.fromkeys(scene.accepted, "succeeded"))
     # What was put on the last of them must be through as well, and the workers must still hear commands.
-    heard = scene.publisher._app.control.ping(timeout=5)
+    app = celery.Celery("chaos", broker=scene.services.broker_url, set_as_current=False)
+    app.conf.update(celery_options())
+    heard = app.control.ping(timeout=5)
+    app.close()
     report.notes["answer_a_ping"] = len(heard)
     if len(heard) < 2:
         report.violations.append(f"I10: only {len(heard)} of 2 workers answer a command")
@@ -1050,10 +1054,10 @@ def _work_off(scene: Scene, jobs: int, report: Report) -> None:
     memo = scene.memo
     if not scene.fleet.named("timer"):
         scene.start(0, 1)
+    began, first = time.monotonic(), scene.counted()
     for n in range(2):
         scene.add_worker(f"worker{n}")
     scene.wait_workers(2)
-    began, first = time.monotonic(), scene.counted()
     timer = scene.fleet.named("timer")[0]
     next_kill = began + 5
     last, moved = first, began

@@ -381,7 +381,7 @@ class Scene:
         with open(path, "w") as out:
             for n, row in enumerate(rows):
                 row = {"custom_id": f"j{n}", "seed": n, **row}
-                expected[row["custom_id"]] = f"{row['params'].get('text', '')}:{row['seed']}" if row["kind"].startswith("chaos.") else ""
+                expected[row["custom_id"]] = f"{row['params'].get('text', '')}:{row['seed']}" if row["kind"] in ("chaos.work", "chaos.wide") else ""
                 out.write(json.dumps(row) + "\n")
         batch_id, _ = self.producer.create_batch(manifests.open_manifest(path), priority=0, resume=False)
         if expand:

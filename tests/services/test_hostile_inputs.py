@@ -4,6 +4,7 @@ and in bounded memory, by the functions that the runners call; and a job that br
 
 import base64
 import functools
+import gc
 import hashlib
 import io
 import json
@@ -14,6 +15,7 @@ import sys
 import tarfile
 import time
 import wave
+import weakref
 import zipfile
 import zlib
 from pathlib import Path
@@ -309,6 +311,11 @@ ZIP = zipped(("evil.js", b"alert(1)"))
 PLAYLIST = b"#EXTM3U\n#EXT-X-TARGETDURATION:10\n#EXTINF:9,\nfile:///etc/passwd\n#EXT-X-ENDLIST\n"
 CONCAT = b"ffconcat version 1.0\nfile '/etc/passwd'\n"
 SVG = b'<?xml version="1.0"?><!DOCTYPE svg [<!ENTITY a "&b;&b;">]><svg xmlns="http://www.w3.org/2000/svg"><image href="file:///etc/passwd"/></svg>'
+SVG_ENTITY = (
+    b'<?xml version="1.0"?><!DOCTYPE svg [<!ENTITY x SYSTEM "file:///etc/passwd"><!ENTITY y SYSTEM "http://169.254.169.254/">]>'
+    b'<svg xmlns="http://www.w3.org/2000/svg"><text>&x;&y;</text></svg>'
+)
+DASH = b'<?xml version="1.0"?><MPD><Period><BaseURL>file:///etc/passwd</BaseURL></Period></MPD>'
 TIFF = b"II*\0\x08\0\0\0" + struct.pack("<H", 1) + struct.pack("<HHII", 270, 2, 0xFFFFFFF0, 8)
 
 OK = ""
@@ -331,10 +338,16 @@ IMAGES = {
     "WebP of 500 frames": (lambda: animation("WEBP", 500), OK),
     "TIFF with a huge tag": (lambda: TIFF, "image/tiff.*takes a picture"),
     "SVG": (lambda: SVG, r"image/svg\+xml.*takes a picture"),
+    "SVG with external entities": (lambda: SVG_ENTITY, r"image/svg\+xml.*takes a picture"),
+    "SVG packed by gzip": (lambda: zlib.compress(SVG_ENTITY, 9, 31), "application/gzip.*takes a picture"),
     "HTML": (lambda: b"<!-- PNG --><html><script>alert(1)</script>", "text/html.*takes a picture"),
     "PNG with a zip behind it": (lambda: png() + ZIP, OK),
     "PNG with a script behind it": (lambda: png() + b"<script>alert(1)</script>", OK),
     "GIF that is a JAR": (lambda: picture("GIF") + ZIP, OK),
+    "GIF that is a script": (lambda: b"GIF89a/*" + picture("GIF")[8:] + b"*/=1;alert(1)", "|too many pixels|cannot be decoded|pixels; allowed"),
+    "JPEG with a zip behind it": (lambda: picture("JPEG") + ZIP, OK),
+    "JPEG with HTML behind it": (lambda: picture("JPEG") + b"<html><script>alert(1)</script>", OK),
+    "HTML before a PNG": (lambda: b"<html><script>alert(1)</script>" + png(), "takes a picture"),
     "JPEG with HTML in a comment": (lambda: picture("JPEG", comment=b"<html><script>"), OK),
     "zip": (lambda: ZIP, "application/zip.*takes a picture"),
     "playlist": (lambda: PLAYLIST, "mpegurl.*takes a picture"),
@@ -358,7 +371,14 @@ SOUNDS = {
     "chained Ogg": (chained_ogg, "|corrupt|longer"),
     "MP4 that is a playlist": (lambda: PLAYLIST, "mpegurl.*takes a sound"),
     "MP4 box before a playlist": (lambda: box(b"ftyp", b"isom", bytes(4)) + PLAYLIST, "not audio"),
+    "playlist behind blanks": (lambda: b"\xef\xbb\xbf\r\n \t" + PLAYLIST, "mpegurl.*takes a sound"),
+    "playlist behind 5 kB of blanks": (lambda: b" " * 5000 + PLAYLIST, "takes a sound"),
+    "playlist in UTF-16": (lambda: PLAYLIST.decode().encode("utf-16"), "not audio"),
+    "playlist behind an ID3 mark": (lambda: b"ID3\4\0\0\0\0\0\0" + PLAYLIST, "not audio|no sound|cannot be decoded|corrupt"),
+    "playlist of the other kind": (lambda: b"[playlist]\nFile1=file:///etc/passwd\n", "takes a sound"),
+    "DASH manifest": (lambda: DASH, "application/xml.*takes a sound"),
     "concat script": (lambda: CONCAT, "ffconcat.*takes a sound"),
+    "concat script behind a comment": (lambda: b"# a\n" + CONCAT, "text/plain.*takes a sound"),
     "zip": (lambda: ZIP, "application/zip.*takes a sound"),
     "picture": (lambda: png(), "image/png.*takes a sound"),
     "cut FLAC": (lambda: b"fLaC" + RANDOM[:50], "not audio"),
@@ -380,7 +400,10 @@ VIDEOS = {
     "MKV of 16,000 pixels a side": (lambda: mkv(16_000, 16_000), "16000×16000"),
     "MKV of 300,000 empty frames": (lambda: mkv(64, 64, 300_000), "cannot be decoded|no frame|corrupt"),
     "playlist": (lambda: PLAYLIST, "mpegurl.*takes a video"),
+    "DASH manifest": (lambda: DASH, "application/xml.*takes a video"),
+    "SVG with external entities": (lambda: SVG_ENTITY, "svg.*takes a video"),
     "concat script": (lambda: CONCAT, "ffconcat.*takes a video"),
+    "MP4 with a zip behind it": (lambda: mp4()[:300] + ZIP, "not a video|no video track"),
     "playlist in a box": (lambda: box(b"ftyp", b"isom", bytes(4)) + PLAYLIST, "not a video"),
     "SVG": (lambda: SVG, "svg.*takes a video"),
     "WAV": (sound, "audio/wav.*takes a video"),
@@ -405,6 +428,8 @@ DATASETS = {
     "device in a tar": (lambda: special("disk", tarfile.BLKTYPE), "is not allowed"),
     "pipe in a tar": (lambda: special("pipe", tarfile.FIFOTYPE), "is not allowed"),
     "link out of a tar": (lambda: special("link", tarfile.SYMTYPE, "../../etc/passwd"), "is not allowed"),
+    "hard link out of a tar": (lambda: special("link", tarfile.LNKTYPE, "../../etc/passwd"), "is not allowed|link"),
+    "absolute link in a tar": (lambda: special("link", tarfile.SYMTYPE, "/etc/passwd"), "is not allowed"),
     "absolute path in a tar": (lambda: special("/etc/cron.d/x", tarfile.REGTYPE), "leads outside"),
     "dots in a tar": (lambda: special("../x", tarfile.REGTYPE), "leads outside"),
     "gzip bomb": (gzip_bomb, "unpacks to more|allowed are"),
@@ -445,6 +470,16 @@ def resident_mb() -> float:
     return psutil.Process().memory_info().rss / 2**20
 
 
+def tried(path: Path, modality: str, work) -> tuple[str, float]:
+    """A file's refusal or "", and the seconds that it took."""
+    started, answer = time.monotonic(), ""
+    try:
+        work(bring(path, modality))
+    except (InputError, DatasetError) as error:
+        answer = str(error)
+    return answer, time.monotonic() - started
+
+
 def attack(path: Path, modality: str, family: str, work) -> str:
     """Try a file; gives its refusal or "". Time and memory are bounded; a second try may excuse a busy machine."""
     child = confined._pool().idle()[family]
@@ -454,14 +489,11 @@ def attack(path: Path, modality: str, family: str, work) -> str:
         if linux:
             forget_peak("self")
             forget_peak(child.pid)
-        started, answer = time.monotonic(), ""
-        try:
-            work(bring(path, modality))
-        except (InputError, DatasetError) as error:
-            answer = str(error)
-        took = time.monotonic() - started
+        answer, took = tried(path, modality, work)
         if took < LIMIT_S or last:
             break
+    if linux and child.alive:
+        print(f"{took * 1000:.1f} ms, worker +{peak_mb('self') - before:.1f} MB, decoder {peak_mb(child.pid):.0f} MB: {answer or 'decoded'}")
     assert took < LIMIT_S, f"took {took:.2f} s: {answer}"
     if linux:
         assert peak_mb("self") - before < WORKER_MB, f"the worker grew to {peak_mb('self'):.0f} MB from {before:.0f}"
@@ -500,28 +532,32 @@ def hostile(tmp_path):
     return write
 
 
-@pytest.mark.parametrize("case", IMAGES)
-def test_pictures(hostile, case):
-    make, words = IMAGES[case]
-    expect(attack(hostile(make), "image", "image", lambda file: open_image(file)), words)
+WORK = {
+    "image": (IMAGES, "image", lambda file: open_image(file)),
+    "audio": (SOUNDS, "av", lambda file: audio.decode(file, max_seconds=600, sample_rate=16_000, mono=True, name="audio")),
+    "video": (VIDEOS, "av", lambda file: list(video.frames(file))),
+    "dataset": (DATASETS, "image", lambda file: PictureDataset.load(file, 32)),
+}
+"""By modality: its files, the family of its decoder, and what a runner does with such an input. benchmarks/hostile.py reads it."""
 
 
-@pytest.mark.parametrize("case", SOUNDS)
-def test_sounds(hostile, case):
-    make, words = SOUNDS[case]
-    expect(attack(hostile(make), "audio", "av", lambda file: audio.decode(file, max_seconds=600, sample_rate=16_000, mono=True, name="audio")), words)
+@pytest.mark.parametrize(("modality", "case"), [(modality, case) for modality, (cases, *_) in WORK.items() for case in cases])
+def test_a_hostile_file(hostile, modality, case):
+    cases, family, work = WORK[modality]
+    make, words = cases[case]
+    expect(attack(hostile(make), modality, family, work), words)
 
 
-@pytest.mark.parametrize("case", VIDEOS)
-def test_videos(hostile, case):
-    make, words = VIDEOS[case]
-    expect(attack(hostile(make), "video", "av", lambda file: list(video.frames(file))), words)
-
-
-@pytest.mark.parametrize("case", DATASETS)
-def test_datasets(hostile, case):
-    make, words = DATASETS[case]
-    expect(attack(hostile(make), "dataset", "image", lambda file: PictureDataset.load(file, 32)), words)
+@pytest.mark.parametrize("name", ["film.m3u8", "film.mp4", "concat:a.ts|b.ts", "file:///etc/passwd", "film.ffconcat", "film.mpd"])
+@pytest.mark.parametrize("content", [PLAYLIST, CONCAT, DASH, box(b"ftyp", b"isom", bytes(4)) + PLAYLIST])
+def test_a_name_opens_nothing(tmp_path, name, content):
+    """A demuxer is chosen by the content out of a short list; the name that a user gave is text for messages."""
+    path = tmp_path / "film.m3u8"
+    path.write_bytes(content)
+    for modality, work in (("audio", WORK["audio"][2]), ("video", WORK["video"][2])):
+        with pytest.raises(InputError) as told:
+            work(InputFile(path, "video/mp4", name))  # even past the sniffing
+        assert "root:" not in told.value.message, modality
 
 
 # Through the worker
@@ -620,6 +656,51 @@ def test_a_group_with_bombs_in_it(worker):
     assert [error.get("param") for _, error in found[1:6]] == ["picture"] * 5
     assert (found[0][1], found[8][1]) == ("(8, 8) image/png False", "1.0")
     assert worker({"picture": data_uri(picture("JPEG"), "text/html")}) == [("succeeded", "(16, 16) image/jpeg False")]
+
+
+def test_a_failed_job_keeps_nothing_of_what_its_runner_held(worker):
+    """An error that a job keeps must not hold the frames it passed through: the collector comes by rarely where little but pictures is made."""
+    held = []
+
+    class Large:
+        """Stands for a picture."""
+
+    @kind("trial.fail", queue="text", outputs=("text/plain",), max_group=16)
+    class Fail(Params):
+        """Fail in a way."""
+
+        how: str
+
+    @runners.runs(Fail)
+    def fail(params, context):
+        for job, one in enumerate(params):
+            picture = Large()
+            held.append(weakref.ref(picture))
+            try:
+                if one.how == "own":
+                    try:
+                        raise ValueError(picture)
+                    except ValueError as error:
+                        raise InputError("no") from error
+                if one.how == "upload":
+                    yield Output(job, "x.txt", "text/plain", lambda picture=picture: 1 / 0)
+                    continue
+            except InputError as error:
+                yield Failure(job, error)
+                continue
+            raise RuntimeError("unforeseen")
+
+    gc.collect()
+    gc.disable()
+    try:
+        assert {state for state, _ in worker({"how": "own"}, {"how": "own"}, kind_name="trial.fail")} == {"failed"}
+        worker({"how": "upload"}, {"how": "own"}, kind_name="trial.fail")
+        worker({"how": "raise"}, kind_name="trial.fail")
+        assert len(held) == 5 and [one() for one in held] == [None] * 5
+    finally:
+        gc.enable()
+        specs._REGISTRY.pop("trial.fail")
+        runners._RUNNERS.pop("trial.fail")
 
 
 CRASHING = """

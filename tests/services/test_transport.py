@@ -431,7 +431,7 @@ def test_64_mib_on_a_channel_do_not_stop_a_worker(rig):
         rig.until(lambda: rig.redis.pubsub_numpat() >= 1, 30)
         time.sleep(1)
         rig.works()
-    rig.until(lambda: rig.publisher._app.control.ping(destination=["door@here"], timeout=2, limit=1), 30)
+    rig.until(lambda: rig.app.control.ping(destination=["door@here"], timeout=2, limit=1), 30)
 
 
 def test_a_lost_subscription_is_made_anew(rig):
@@ -439,7 +439,7 @@ def test_a_lost_subscription_is_made_anew(rig):
     assert killed >= 1
     time.sleep(1)
     rig.works()
-    rig.until(lambda: rig.publisher._app.control.ping(destination=["door@here"], timeout=2, limit=1), 30)
+    rig.until(lambda: rig.app.control.ping(destination=["door@here"], timeout=2, limit=1), 30)
 
 
 def test_the_next_hint_waits_in_the_broker(rig):

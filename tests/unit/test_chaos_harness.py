@@ -227,3 +227,29 @@ def test_storage_faults(s3_like):
     assert time.monotonic() - begun >= 0.4
     made.limits = {"hang": 1}
     assert request(made.port, "GET")[0] == 200
+
+
+# Growth of processes
+
+
+def samples(rss, fds=lambda done: 20, jobs=4000, every=40):
+    return [{"done": float(n), "rss": float(rss(n)), "fds": float(fds(n))} for n in range(0, jobs, every)]
+
+
+def test_a_leak_is_seen_and_a_warm_up_is_not():
+    dice = random.Random(5)
+    flat = samples(lambda n: min(250, 120 + n) + dice.uniform(-3, 3))
+    step = samples(lambda n: min(250, 120 + n) + (20 if n > 2500 else 0) + dice.uniform(-3, 3))
+    leak = samples(lambda n: min(250, 120 + n) + n / 50 + dice.uniform(-3, 3))
+    handles = samples(lambda n: 250, lambda n: 20 + n // 100)
+    violations, notes = checker.check_growth({("child", 1): flat, ("child", 2): step, ("keeper", 3): flat})
+    assert violations == []
+    assert notes["child"]["mb_max"] == pytest.approx(272, abs=2) and notes["child"]["over_jobs"] > 2500
+    violations, _ = checker.check_growth({("child", 1): leak, ("timer", 2): handles})
+    assert [v.split(" grew")[0] for v in violations] == ["I20: child 1", "I20: timer 2"]
+    assert checker.growth(leak, "rss")[0] == pytest.approx(20, abs=1)
+
+
+def test_too_little_says_nothing():
+    assert checker.growth(samples(lambda n: n, jobs=300), "rss") is None
+    assert checker.check_growth({("child", 1): samples(lambda n: n, jobs=200)})[0] == []

@@ -131,7 +131,8 @@ class Guard:
     """Keeps what the judge will ask out of the captions.
 
     A caption is too close to a prompt if, articles, prepositions and plurals aside, it has the same words, all the words
-    of a prompt of several words, or shares at least `LIKENESS` of the words of both together.
+    of a prompt of several words, or shares at least `LIKENESS` of the words of both together. A picture's own name
+    may come near ("wrapped gift"), but not say the same.
     """
 
     LIKENESS = 0.6
@@ -150,12 +151,14 @@ class Guard:
         words = content_words(text) - self.EMPTY
         return frozenset(word[:-1] if word.endswith("s") and len(word) > 3 else word for word in words)
 
-    def allows(self, caption: str) -> bool:
-        """Say whether a caption may be learned; those that may not are kept in `dropped`."""
+    def allows(self, caption: str, name: str) -> bool:
+        """Say whether a caption of a picture of that name may be learned; those that may not are kept in `dropped`."""
         words = self._words(caption)
+        named = words == self._words(name)
         for prompt in self.prompts:
             whole = len(prompt) > 1 and prompt <= words
-            if whole or len(words & prompt) >= self.LIKENESS * len(words | prompt):
+            near = whole or len(words & prompt) >= self.LIKENESS * len(words | prompt)
+            if words == prompt or (near and not named):
                 self.dropped.add(caption)
                 return False
         return True
@@ -406,7 +409,7 @@ def build(args: argparse.Namespace) -> None:
             captions += [f"a {main_colour} {name}", f"{main_colour} {(own or [name])[0]}"]
         # The plain name is what people write most: it stands three times, so it is drawn three times as often.
         captions = [name, with_article(name)] * 2 + unique([c.strip() for c in captions]) + extra
-        captions = [c for c in captions if guard.allows(c)]
+        captions = [c for c in captions if guard.allows(c, name)]
         weight = 0.4 if item["gendered"] else 1.0
         picture.save(args.out / f"{key}.png", optimize=True)
         lines.append({"file": f"{key}.png", "captions": captions, "weight": weight,
@@ -426,7 +429,7 @@ def build(args: argparse.Namespace) -> None:
             recolour(picture, tint, target).save(args.out / file, optimize=True)
             tinted = [f"{target} {s}" for s in short] + [with_article(f"{target} {s}") for s in short]
             tinted += [f"{with_article(s)} in {target}" for s in short[:2]] + [f"a picture of {with_article(f'{target} {name}')}"]
-            tinted = [c for c in unique(tinted) if guard.allows(c)]
+            tinted = [c for c in unique(tinted) if guard.allows(c, f"{target} {name}")]
             lines.append({"file": file, "captions": tinted, "weight": 0.4, "flip": not NO_FLIP.search(name),
                           "subject": f"{key}.png"})  # fmt: skip
             recoloured += 1

@@ -187,12 +187,20 @@ def test_fine_tuning_keeps_the_memory(dataset: PictureDataset, folder: Path, tmp
     other = shutil.copytree(folder, tmp_path / "other")
     lines = (other / CAPTIONS_FILE).read_text().splitlines()[:8]  # another number of subjects
     (other / CAPTIONS_FILE).write_text("".join(line + "\n" for line in lines))
+    monitor = Stopper()
     tuned = train_flow(  # a job that says nothing of a memory takes what is there
-        CONFIG, PictureDataset.load(other, 64), embed, SilentMonitor(), tmp_path / "b", start_from=first.model_path
+        CONFIG, PictureDataset.load(other, 64), embed, monitor, tmp_path / "b", start_from=first.model_path
     )
     one, two = load_file(first.model_path), load_file(tuned.model_path)
     kept = [name for name in one if name.startswith("memory.")]
     assert kept and all(torch.equal(one[name], two[name]) for name in kept)
+    assert not any("memory_loss" in metrics for metrics in monitor.metrics)
+    monitor = Stopper()
+    asked = train_flow(REMEMBERING, dataset, embed, monitor, tmp_path / "d", start_from=first.model_path)
+    assert "memory_loss" in monitor.metrics[0]
+    two = load_file(asked.model_path)
+    assert torch.equal(one["memory.places"], two["memory.places"])
+    assert not torch.equal(one["memory.straight.weight"], two["memory.straight.weight"])
     with pytest.raises(SizesError, match="the job asks for"):
         train_flow(replace(REMEMBERING, memory=5), dataset, embed, SilentMonitor(), tmp_path / "c",
                    start_from=first.model_path)  # fmt: skip

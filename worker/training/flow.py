@@ -41,6 +41,9 @@ DEFAULT_PROMPTS = (
 )  # fmt: skip
 """What the sample grid shows unless the job says otherwise."""
 
+_COPIES = 0.1
+"""Weight of a subject's second and further pictures while the memory is fitted."""
+
 _MEMORY = "memory."
 """Prefix of the memory's tensors among a checkpoint's constants."""
 
@@ -207,6 +210,7 @@ class _Material:
     first_caption: Tensor
     caption_count: Tensor
     subject: Tensor
+    main: Tensor
 
     def draw(self, count: int, generator: torch.Generator) -> Tensor:
         """Draw picture indices by weight, with replacement, (count,)."""
@@ -288,24 +292,33 @@ def _prepare(config: FlowTrainingConfig, dataset: PictureDataset, vectors: Tenso
         first_caption=counts.cumsum(0) - counts,
         caption_count=counts,
         subject=torch.tensor([numbers[subject] for subject in dataset.subjects])[owner],
+        main=torch.tensor([s not in dataset.subjects[:i] for i, s in enumerate(dataset.subjects)])[owner],
     )
 
 
 def _fit_memory(config: FlowTrainingConfig, material: _Material, memory: TextMemory, monitor: TrainingMonitor,
                 workdir: Path) -> None:  # fmt: skip
-    """Fit the memory to the captions: a pure function of config and dataset, on one kind of processor."""
-    count = len(memory.places)
-    captions = material.subject[: len(material.first_caption)].repeat_interleave(material.caption_count)
-    centres = torch.zeros(count, material.vectors.shape[1]).index_add_(0, captions, material.vectors)
-    memory.begin(F.normalize(centres, dim=-1))
-    optimiser = torch.optim.AdamW(memory.parameters(), lr=1e-3, weight_decay=1e-4, betas=(0.9, 0.99))
+    """Fit the memory to the captions: a pure function of config and dataset, on one kind of processor.
+
+    Places that cannot learn are those of an earlier model, whose flow reads them: only what is looked up is fitted then.
+    """
+    if memory.places.requires_grad:
+        captions = material.subject[: len(material.first_caption)].repeat_interleave(material.caption_count)
+        centres = torch.zeros(len(memory.places), material.vectors.shape[1])
+        centres.index_add_(0, captions, material.vectors)
+        memory.begin(F.normalize(centres, dim=-1))
+    learning = [parameter for parameter in memory.parameters() if parameter.requires_grad]
+    optimiser = torch.optim.AdamW(learning, lr=1e-3, weight_decay=1e-4, betas=(0.9, 0.99))
+    # The captions of a subject's further pictures, "a blue car", are for the flow; here they would draw what is red to
+    # all things that were painted red.
+    weights = material.weights * torch.where(material.main, 1.0, _COPIES)
     total, counted = 0.0, 0
     for step in range(config.memory_steps):
         done = step / config.memory_steps
         for group in optimiser.param_groups:
             group["lr"] = 1e-3 * min(1.0, (step + 1) / 100) * min(1.0, 0.02 + (1 - done) / 0.6)
         generator = torch.Generator().manual_seed(step_seed(config.seed, step, "memory"))
-        chosen = material.draw(256, generator)
+        chosen = torch.multinomial(weights, 256, replacement=True, generator=generator)
         text = material.draw_blended(chosen, 0.5, generator)
         strength = config.caption_jitter * torch.rand(len(chosen), 1, generator=generator)
         text = F.normalize(text + strength * torch.randn(text.shape, generator=generator), dim=-1)
@@ -341,7 +354,7 @@ def _start(earlier: TextToImage, sizes: FlowConfig, name: str) -> TextToImage:
     theirs = earlier.config
     if theirs.memory or not sizes.memory:
         wanted = replace(sizes, memory=theirs.memory, subjects=theirs.subjects, recall=theirs.recall)
-        if theirs != wanted or sizes.memory not in (0, theirs.memory):
+        if theirs != (sizes if sizes.memory else wanted):
             raise SizesError(f"{name} has {theirs}; the job asks for {sizes}")
         return earlier.requires_grad_(True).train()
     if replace(sizes, memory=0, subjects=0, recall=theirs.recall) != theirs:
@@ -375,8 +388,8 @@ def train_flow(
         monitor: Who watches; the metrics are `flow_loss`, `decoder_loss`, `learning_rate`, `pictures_per_second`.
         workdir: Folder for checkpoints and the model.
         resume_from: A checkpoint or a folder of checkpoints of this training; None starts anew.
-        start_from: Weights of an earlier model to start a new training from (fine-tuning); the sizes must agree. Its
-            memory is kept, with its own sizes, unless it has none and the config asks for one.
+        start_from: Weights of an earlier model to start a new training from (fine-tuning); the sizes must agree. If it
+            has a memory, that is kept; a config that asks for one, over as many subjects, fits anew what is looked up in it.
 
     Returns:
         The result; its `model_path` is what `worker.networks.flow.load` reads.
@@ -401,8 +414,10 @@ def train_flow(
     else:
         model = _start(network.load(start_from), sizes, start_from.name)
     coder = dict(model.coder.state_dict()) if start_from is not None else None
-    # A memory comes along with the weights that one starts from, as the latents do: the flow has learned to read it.
-    remembers = start_from is not None and bool(network.describe(start_from)["config"].get("memory"))
+    # A memory comes along with the weights that one starts from, as the latents do: the flow has learned to read it. A
+    # job that asks for one fits what is looked up in it to its own captions.
+    earlier = start_from is not None and bool(network.describe(start_from)["config"].get("memory"))
+    remembers = earlier and not config.memory
     if resume_from is not None:
         checkpoint, _ = checkpoints.newest(resume_from)
         if checkpoint is not None:
@@ -414,6 +429,7 @@ def train_flow(
                 remembers = True
     material = _prepare(config, dataset, vectors, model, coder)
     if model.memory is not None:
+        model.memory.places.requires_grad_(not earlier)
         if not remembers:
             _fit_memory(config, material, model.memory, monitor, workdir)
         model.memory.requires_grad_(False)

@@ -62,7 +62,7 @@ TEXT_TO_IMAGE = register(
             "weights": "worker/assets/text-to-image/model.safetensors",
             "config": "worker/assets/text-to-image/model.json",
         },
-        sha256={"weights": "d2d4032277ccf71bffc462a58d4b84839df84bc9d5bb5c1f90d32ee93fc4f4e9"},
+        sha256={"weights": "0e798c6e6093c1ea1e42e11a15dccba57ba500814bd5f5620609d00d701caae3"},
         licence="MIT",
         summary="Single things in a soft 3D style on transparent ground, 128 pixels; trained by train.flow",
         memory_mb=120,

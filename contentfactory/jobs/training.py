@@ -58,6 +58,11 @@ class TrainFlow(Params):
     hidden: int = Field(default=512, ge=16, le=4096, description="width of the flow's residual stream")
     expansion: int = Field(default=880, ge=16, le=16384, description="width inside its blocks")
     blocks: int = Field(default=4, ge=1, le=32, description="its blocks")
+    memory: int = Field(
+        default=0, ge=0, le=1024, description="width of a memory that tells subjects apart by their captions; 0 for none, 128 is enough"
+    )
+    recall: int = Field(default=256, ge=16, le=4096, description="hidden width of what is looked up in it")
+    memory_steps: int = Field(default=2000, ge=1, le=1_000_000, description="steps in which it is fitted, before all others")
     flow_batch: int = Field(default=256, ge=1, le=4096, description="pictures in an update of the flow")
     decoder_batch: int = Field(default=8, ge=1, le=1024, description="pictures in an update of the decoder")
     caption_dropout: float = Field(default=0.1, ge=0, lt=1, description="probability that a caption is hidden, for guidance")

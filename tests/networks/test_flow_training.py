@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from worker.networks import flow
 from worker.training.checkpoints import CheckpointError
 from worker.training.data import CAPTIONS_FILE, DatasetError, PictureDataset, digest
-from worker.training.flow import FlowTrainingConfig, embed_all, grid, train_flow
+from worker.training.flow import FlowTrainingConfig, SizesError, embed_all, grid, train_flow
 from worker.training.solver import SilentMonitor, TrainingInterrupted
 
 CONFIG = FlowTrainingConfig(
@@ -146,6 +146,95 @@ def test_fine_tuning_keeps_the_latents(dataset: PictureDataset, tmp_path: Path) 
                    start_from=first.model_path)  # fmt: skip
 
 
+REMEMBERING = replace(CONFIG, memory=6, recall=16, memory_steps=40, caption_jitter=0.01)
+
+
+def test_a_memory_is_fitted_and_kept(dataset: PictureDataset, tmp_path: Path) -> None:
+    monitor = Stopper()
+    result = train_flow(REMEMBERING, dataset, embed, monitor, tmp_path)
+    assert "memory_loss" in monitor.metrics[0] and len(monitor.metrics) == 7
+    model = flow.load(result.model_path)
+    assert (model.config.memory, model.config.subjects) == (6, 9)
+    assert model.memory is not None
+    texts = [captions[0] for captions in dataset.captions]
+    right = (model.memory.likeness(embed(texts)).argmax(1) == torch.arange(9)).sum()
+    assert right >= 7, f"{right} of 9 captions recall their picture"
+    again = train_flow(REMEMBERING, dataset, embed, SilentMonitor(), tmp_path / "again")
+    assert again.model_path.read_bytes() == result.model_path.read_bytes()
+
+
+def test_a_resumed_training_remembers_the_same(dataset: PictureDataset, tmp_path: Path) -> None:
+    whole = train_flow(REMEMBERING, dataset, embed, SilentMonitor(), tmp_path / "whole")
+    with pytest.raises(TrainingInterrupted) as stopped:
+        train_flow(REMEMBERING, dataset, embed, Stopper(43), tmp_path / "broken")
+    assert stopped.value.step == 3
+    monitor = Stopper()
+    resumed = train_flow(
+        REMEMBERING, dataset, embed, monitor, tmp_path / "broken", tmp_path / "broken" / "checkpoints"
+    )
+    assert not any("memory_loss" in metrics for metrics in monitor.metrics), "it was fitted twice"
+    assert whole.model_path.read_bytes() == resumed.model_path.read_bytes()
+
+
+def test_stopped_while_the_memory_is_fitted(dataset: PictureDataset, tmp_path: Path) -> None:
+    with pytest.raises(TrainingInterrupted) as stopped:
+        train_flow(REMEMBERING, dataset, embed, Stopper(5), tmp_path)
+    assert stopped.value.step == 0
+
+
+def test_fine_tuning_keeps_the_memory(dataset: PictureDataset, folder: Path, tmp_path: Path) -> None:
+    first = train_flow(REMEMBERING, dataset, embed, SilentMonitor(), tmp_path / "a")
+    other = shutil.copytree(folder, tmp_path / "other")
+    lines = (other / CAPTIONS_FILE).read_text().splitlines()[:8]  # another number of subjects
+    (other / CAPTIONS_FILE).write_text("".join(line + "\n" for line in lines))
+    monitor = Stopper()
+    tuned = train_flow(  # a job that says nothing of a memory takes what is there
+        CONFIG, PictureDataset.load(other, 64), embed, monitor, tmp_path / "b", start_from=first.model_path
+    )
+    one, two = load_file(first.model_path), load_file(tuned.model_path)
+    kept = [name for name in one if name.startswith("memory.")]
+    assert kept and all(torch.equal(one[name], two[name]) for name in kept)
+    assert not any("memory_loss" in metrics for metrics in monitor.metrics)
+    monitor = Stopper()
+    asked = train_flow(REMEMBERING, dataset, embed, monitor, tmp_path / "d", start_from=first.model_path)
+    assert "memory_loss" in monitor.metrics[0]
+    two = load_file(asked.model_path)
+    assert torch.equal(one["memory.places"], two["memory.places"])
+    assert not torch.equal(one["memory.straight.weight"], two["memory.straight.weight"])
+    with pytest.raises(SizesError, match="the job asks for"):
+        train_flow(replace(REMEMBERING, memory=5), dataset, embed, SilentMonitor(), tmp_path / "c",
+                   start_from=first.model_path)  # fmt: skip
+
+
+def test_a_memory_is_added_to_an_earlier_model(dataset: PictureDataset, tmp_path: Path) -> None:
+    first = train_flow(CONFIG, dataset, embed, SilentMonitor(), tmp_path / "a")
+    config = replace(REMEMBERING, steps=1, learning_rate=1e-7)
+    grown = flow.load(
+        train_flow(config, dataset, embed, SilentMonitor(), tmp_path / "b", start_from=first.model_path).model_path
+    )
+    assert grown.config.memory == 6
+    text, generators = embed(["disc 1"]), [torch.Generator().manual_seed(0)]
+    before = flow.sample(flow.load(first.model_path), text, generators=generators, steps=2, guidance=1.0)
+    generators = [torch.Generator().manual_seed(0)]
+    assert torch.allclose(before, flow.sample(grown, text, generators=generators, steps=2, guidance=1.0), atol=2e-2)
+
+
+def test_pictures_of_one_subject_share_a_place(folder: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    lines = [json.loads(text) for text in (copy / CAPTIONS_FILE).read_text().splitlines()]
+    lines[3]["subject"] = lines[4]["subject"] = "2.png"
+    (copy / CAPTIONS_FILE).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    dataset = PictureDataset.load(copy, 64)
+    assert dataset.subjects[:6] == ["0.png", "1.png", "2.png", "2.png", "2.png", "5.png"]
+    result = train_flow(REMEMBERING, dataset, embed, SilentMonitor(), tmp_path / "work")
+    assert flow.load(result.model_path).config.subjects == 7
+
+
+def test_a_memory_wider_than_the_sentence_vectors(dataset: PictureDataset, tmp_path: Path) -> None:
+    with pytest.raises(SizesError, match="memory is 17; allowed is at most 16"):
+        train_flow(replace(REMEMBERING, memory=17), dataset, embed, SilentMonitor(), tmp_path)
+
+
 def test_the_wrong_resolution(dataset: PictureDataset, tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match="64 pixels; allowed is 128"):
         train_flow(replace(CONFIG, resolution=128), dataset, embed, SilentMonitor(), tmp_path)
@@ -179,7 +268,7 @@ def test_the_grid_is_on_white() -> None:
     ("field", "value"),
     [("steps", 0), ("resolution", 96), ("caption_dropout", 1.0), ("flow_batch", 0), ("prompts", ()),
      ("learning_rate", 0), ("schedule", "steps"), ("guidance", 31), ("condition", 17), ("seed", -1),
-     ("time_mean", 5.0), ("time_spread", 0.0)],
+     ("time_mean", 5.0), ("time_spread", 0.0), ("memory", -1), ("recall", 8), ("memory_steps", 0)],
 )  # fmt: skip
 def test_settings_are_checked(field: str, value: object) -> None:
     with pytest.raises(ValueError, match=f"{field} is "):
@@ -243,6 +332,8 @@ def line(**changes: object) -> str:
         (line(weight=0), "line 10: weight is 0"),
         (line(weight=True), "line 10: weight is True"),
         (line(flip="yes"), "line 10: flip is 'yes'"),
+        (line(subject=" "), "line 10: subject is ' '"),
+        (line(subject=3), "line 10: subject is '3'"),
         (line(caption="x"), "line 10: unknown key 'caption'"),
         (line(file="bad.png"), "line 10: bad.png: not a picture"),
     ],

@@ -17,6 +17,9 @@ Deliberate differences from the papers, all because this has to be trained and r
 - `v` is a residual MLP and no transformer, since such a latent has no places to attend to.
 - The text is one sentence vector. In training it is blended with another caption of the same picture and shaken a
   little, so that captions the model has never read land where their meaning is.
+- A small memory of the subjects, one place each, stands between the sentence and the flow: the sentence is compared with
+  all places and recalls the nearest (`TextMemory`). Wordings that were never read then still ask for one subject and
+  not for the middle between several; the sentence vector itself goes along and tells the rest, such as colours.
 - The decoder sees noisy latents in training, so it cleans away what the flow gets slightly wrong.
 """
 
@@ -38,6 +41,12 @@ from torch.nn import functional as F
 
 FORMAT = "contentfactory.text-to-image/1"
 """What the metadata of a weights file says it is."""
+
+RECALL_TEMPERATURE = 0.02
+"""How sharply a memory recalls: places whose cosine is this much lower count for 1/e."""
+
+FIT_TEMPERATURE = 0.05
+"""The same while a memory is fitted: softer, so that near misses still teach."""
 
 LANES = 8
 """Rows of the flow's matrix products, whatever the number of items: see `sample`."""
@@ -64,6 +73,9 @@ class FlowConfig:
         seed_channels: Channels of the 8x8 map that the decoder starts from.
         channels: Channels of the decoder at 8x8, 16x16 and so on; each stage doubles the edge, so the picture's edge is
             `8 * 2 ** len(channels)`.
+        memory: Width of a place in the memory of subjects, at most `text_width`; 0 for no memory.
+        subjects: Places in it; 0 without memory.
+        recall: Hidden width of the layer that turns a sentence vector into what is looked up.
     """
 
     text_width: int = 384
@@ -76,6 +88,9 @@ class FlowConfig:
     blocks: int = 4
     seed_channels: int = 48
     channels: tuple[int, ...] = (192, 128, 64, 24)
+    memory: int = 0
+    subjects: int = 0
+    recall: int = 256
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -86,8 +101,16 @@ class FlowConfig:
             elif field.name == "channels":
                 if not 1 <= len(value) <= 6 or any(c < 1 for c in value):
                     raise ValueError(f"channels is {value}; allowed are 1 to 6 numbers of at least 1")
+            elif field.name in ("memory", "subjects"):
+                if value < 0:
+                    raise ValueError(f"{field.name} is {value}; allowed is at least 0")
             elif value < 1:
                 raise ValueError(f"{field.name} is {value}; allowed is at least 1")
+        if self.memory > self.text_width or (self.memory > 0) != (self.subjects > 0):
+            raise ValueError(
+                f"memory is {self.memory} with {self.subjects} subjects; allowed are both 0, or 1 to {self.text_width} "
+                "with at least one subject"
+            )
         if self.condition % 2:
             raise ValueError(f"condition is {self.condition}; allowed are even numbers")
         if self.resolution % self.encoder_resolution and self.encoder_resolution > self.resolution:
@@ -113,7 +136,7 @@ class FlowConfig:
         """Return sizes that train within a test."""
         return cls(
             text_width=16, latent=8, encoder_resolution=8, condition=16, hidden=32, expansion=48, blocks=2,
-            seed_channels=8, channels=(12, 8),
+            seed_channels=8, channels=(12, 8), memory=6, subjects=5, recall=12,
         )  # fmt: skip
 
 
@@ -186,6 +209,63 @@ class LatentCoder(nn.Module):
         return latents
 
 
+class TextMemory(nn.Module):
+    """What a sentence recalls: `softmax(q(text) . k_i / temperature)` over the places `k_i`, one for each subject.
+
+    `q` is a linear map with a small MLP beside it; queries and places have length 1. It is fitted before the flow, as a
+    classifier of captions by subject, and stays as it is while the flow learns.
+    """
+
+    def __init__(self, config: FlowConfig) -> None:
+        super().__init__()
+        self.text_width = config.text_width
+        self.straight = nn.Linear(config.text_width, config.memory, bias=False)
+        self.widen = nn.Linear(config.text_width, config.recall)
+        self.narrow = nn.Linear(config.recall, config.memory)
+        self.places = nn.Parameter(torch.randn(config.subjects, config.memory) / math.sqrt(config.memory))
+        nn.init.zeros_(self.narrow.weight)
+        nn.init.zeros_(self.narrow.bias)
+
+    @torch.no_grad()
+    def begin(self, centres: Tensor) -> None:
+        """Start from the subjects' mean sentence vectors, in their principal directions.
+
+        Args:
+            centres: (subjects, text_width).
+        """
+        centred = (centres - centres.mean(0)).double()
+        _, directions = torch.linalg.eigh(centred.T @ centred)
+        directions = directions.flip(1)[:, : self.places.shape[1]].float()
+        self.straight.weight.copy_(directions.T)
+        self.places.copy_(F.normalize(centres @ directions, dim=-1))
+
+    def likeness(self, text: Tensor) -> Tensor:
+        """Compare sentence vectors (batch, text_width) with all places: cosines, (batch, subjects)."""
+        hidden = F.silu(self.widen(text * math.sqrt(self.text_width)))
+        query = F.normalize(self.straight(text) + self.narrow(hidden), dim=-1)
+        cosines: Tensor = query @ F.normalize(self.places, dim=-1).T
+        return cosines
+
+    def forward(self, text: Tensor) -> Tensor:
+        """Recall.
+
+        Args:
+            text: Sentence vectors of length 1, (batch, text_width); a row of zeros recalls nothing.
+
+        Returns:
+            (batch, memory): means of places, of length at most 1.
+        """
+        weights = (self.likeness(text) / RECALL_TEMPERATURE).softmax(-1)
+        asked = text.ne(0).any(-1, keepdim=True)
+        recalled: Tensor = (weights @ F.normalize(self.places, dim=-1)) * asked
+        return recalled
+
+
+def memory_loss(memory: TextMemory, text: Tensor, subject: Tensor) -> Tensor:
+    """Cross entropy of captions (batch, text_width) against the subjects that they belong to (batch,), a scalar."""
+    return F.cross_entropy(memory.likeness(text) / FIT_TEMPERATURE, subject)
+
+
 class Block(nn.Module):
     """Residual MLP block whose normalisation, and whose say in the result, the condition decides (AdaLN-Zero)."""
 
@@ -214,7 +294,7 @@ class FlowNet(nn.Module):
         self.config = config
         frequencies = torch.exp(torch.linspace(0, math.log(1000), config.condition // 2))
         self.register_buffer("frequencies", frequencies, persistent=False)
-        self.text_in = nn.Linear(config.text_width, config.condition)
+        self.text_in = nn.Linear(config.text_width + config.memory, config.condition)
         self.text_out = nn.Linear(config.condition, config.condition)
         self.time_in = nn.Linear(config.condition, config.condition)
         self.time_out = nn.Linear(config.condition, config.condition)
@@ -233,15 +313,18 @@ class FlowNet(nn.Module):
         Args:
             x: Noisy latents, (batch, latent).
             t: Times, (batch,) in [0, 1]; 0 is noise, 1 is the picture.
-            text: Sentence vectors of length 1, (batch, text_width); a row of zeros means 'no text'.
+            text: What `TextToImage.understand` makes of sentence vectors, (batch, text_width + memory); a row of zeros
+                means 'no text'.
 
         Returns:
             Velocities, (batch, latent).
         """
         angles = t[:, None] * self.frequencies
         time = self.time_out(F.silu(self.time_in(torch.cat([angles.sin(), angles.cos()], dim=-1))))
-        # Sentence vectors have length 1; their entries are brought to unit scale.
-        words = self.text_out(F.silu(self.text_in(text * math.sqrt(self.config.text_width))))
+        # Sentence vectors and places have length 1; their entries are brought to unit scale.
+        width = self.config.text_width
+        scaled = torch.cat([text[:, :width] * math.sqrt(width), text[:, width:] * math.sqrt(self.config.memory)], dim=-1)
+        words = self.text_out(F.silu(self.text_in(scaled)))
         condition = F.silu(time + words)
         stream = self.enter(x)
         for block in self.blocks:
@@ -300,7 +383,7 @@ class Decoder(nn.Module):
 
 
 class TextToImage(nn.Module):
-    """The three parts together: what a weights file holds."""
+    """The parts together: what a weights file holds."""
 
     def __init__(self, config: FlowConfig) -> None:
         super().__init__()
@@ -308,6 +391,13 @@ class TextToImage(nn.Module):
         self.coder = LatentCoder(config)
         self.flow = FlowNet(config)
         self.decoder = Decoder(config).to(memory_format=torch.channels_last)
+        self.memory = TextMemory(config) if config.memory else None
+
+    def understand(self, text_vectors: Tensor) -> Tensor:
+        """Put what sentence vectors (batch, text_width) recall behind them: (batch, text_width + memory)."""
+        if self.memory is None:
+            return text_vectors
+        return torch.cat([text_vectors, self.memory(text_vectors)], dim=-1)
 
 
 def flow_loss(
@@ -326,11 +416,11 @@ def flow_loss(
     Args:
         net: The velocity network.
         latents: Pictures' latents `x1`, (batch, latent).
-        text: Sentence vectors, (batch, text_width), of length 1.
+        text: Sentence vectors of length 1, and what they recall behind them, (batch, text_width + memory).
         generator: Source of noise, times and dropped captions.
         dropout: Probability in [0, 1] that a caption is hidden, which guidance needs.
         jitter: Largest standard deviation of the noise put on a sentence vector, 0 for none; each row draws its own
-            strength below it.
+            strength below it. What it recalls is left as it is, so that the flow learns to trust it more.
         time_mean: Mean of the logit of the times; below 0 there are more times close to the noise. Among a few
             thousand pictures it is there, far below `t = 0.2`, that the text decides which one it will be.
         time_spread: Standard deviation of that logit, above 0.
@@ -342,8 +432,10 @@ def flow_loss(
     x0 = torch.randn(latents.shape, generator=generator)
     t = (time_mean + time_spread * torch.randn(batch, generator=generator)).sigmoid()
     strength = jitter * torch.rand(batch, 1, generator=generator)
-    text = text + strength * torch.randn(text.shape, generator=generator)
-    text = F.normalize(text, dim=-1)
+    width = net.config.text_width
+    words = text[:, :width]
+    words = F.normalize(words + strength * torch.randn(words.shape, generator=generator), dim=-1)
+    text = torch.cat([words, text[:, width:]], dim=-1)
     kept = (torch.rand(batch, 1, generator=generator) >= dropout).to(text.dtype)
     x_t = (1 - t[:, None]) * x0 + t[:, None] * latents
     return F.mse_loss(net(x_t, t, text * kept), latents - x0)
@@ -376,14 +468,14 @@ def decoder_loss(
 
 @torch.no_grad()
 def sample_latents(
-    flow: FlowNet, text_vectors: Tensor, *, generators: Sequence[torch.Generator], steps: int, guidance: float
+    model: TextToImage, text_vectors: Tensor, *, generators: Sequence[torch.Generator], steps: int, guidance: float
 ) -> Tensor:
     """Follow the flow from noise to latents; arguments as for `sample`.
 
     Returns:
         Latents, (batch, latent), on the flow's device.
     """
-    config = flow.config
+    config, flow = model.config, model.flow
     if text_vectors.ndim != 2 or text_vectors.shape[1] != config.text_width:
         raise ValueError(f"text_vectors is {tuple(text_vectors.shape)}; allowed is (batch, {config.text_width})")
     if len(generators) != len(text_vectors):
@@ -402,6 +494,7 @@ def sample_latents(
         x[: len(group)] = noise.to(device)
         text = torch.zeros(2 * LANES, config.text_width, device=device)
         text[: len(group)] = text_vectors[start : start + LANES].to(device)
+        text = model.understand(text)
         for step in range(steps):
             t = torch.full((2 * LANES,), step / steps, device=device)
             with_text, without = flow(torch.cat([x, x]), t, text).chunk(2)
@@ -440,7 +533,7 @@ def sample(
         ValueError: A shape, count or number is out of range.
     """
     latents = sample_latents(
-        model.flow, text_vectors, generators=generators, steps=steps, guidance=guidance
+        model, text_vectors, generators=generators, steps=steps, guidance=guidance
     )
     resolution = model.config.resolution
     pictures = torch.zeros(len(latents), 4, resolution, resolution)

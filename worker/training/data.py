@@ -2,10 +2,12 @@
 
 Each line of `captions.jsonl` is an object:
 
-    {"file": "owl.png", "captions": ["an owl", "a bird of the night"], "weight": 1.0, "flip": true}
+    {"file": "owl.png", "captions": ["an owl", "a bird of the night"], "weight": 1.0, "flip": true,
+     "subject": "owl"}
 
 `file` is a path inside the dataset; `captions` are one or more ways to ask for the picture; `weight` (default 1) is how
-often it is drawn in comparison with the others; `flip` (default false) says that its mirror image is right too.
+often it is drawn in comparison with the others; `flip` (default false) says that its mirror image is right too;
+`subject` (default the file) is what it shows: pictures of one subject, in several colours say, share it.
 
 An archive is never unpacked: its members are read one by one under caps on their number, sizes and ratio to the archive,
 and archives inside it are just files. One that a user sent is read in the confined child (`worker.confined`).
@@ -52,7 +54,7 @@ MAXIMUM_RATIO = 20
 FREE_TOTAL = 64 * 2**20
 """Bytes that even the smallest archive may unpack to."""
 _BLOCK = 1 << 18
-_KEYS = {"file", "captions", "weight", "flip"}
+_KEYS = {"file", "captions", "weight", "flip", "subject"}
 _ARCHIVE_FAULTS = (OSError, EOFError, ValueError, NotImplementedError, RuntimeError, KeyError, struct.error, zlib.error,
                    zipfile.BadZipFile, tarfile.TarError, OverflowError)  # fmt: skip
 
@@ -354,6 +356,11 @@ def check_line(text: str, where: str) -> dict[str, Any]:
         raise DatasetError(f"{where}: weight is {str(weight)[:40]}; allowed is a number above 0, up to 1e9")
     if not isinstance(record.get("flip", False), bool):
         raise DatasetError(f"{where}: flip is {record['flip']!r}; allowed is true or false")
+    subject = record.get("subject", file)
+    if not isinstance(subject, str) or not subject.strip() or len(subject) > MAXIMUM_NAME:
+        raise DatasetError(
+            f"{where}: subject is {str(subject)[:40]!r}; allowed is a text of 1 to {MAXIMUM_NAME} characters"
+        )
     return record
 
 
@@ -456,6 +463,7 @@ class PictureDataset:
         weights: How often a picture is drawn, (count,), float64, positive.
         flips: Whether its mirror image is right too, (count,), bool.
         files: Names inside the dataset.
+        subjects: What each picture shows; the file's name where the dataset does not say.
         digest: SHA-256 of the content.
     """
 
@@ -464,6 +472,7 @@ class PictureDataset:
     weights: NDArray[np.float64]
     flips: NDArray[np.bool_]
     files: list[str]
+    subjects: list[str]
     digest: str
 
     def __len__(self) -> int:
@@ -517,6 +526,7 @@ class PictureDataset:
             weights=np.array([float(record.get("weight", 1.0)) for record in records]),
             flips=np.array([bool(record.get("flip", False)) for record in records]),
             files=[record["file"] for record in records],
+            subjects=[record.get("subject", record["file"]) for record in records],
             digest=found,
         )
 

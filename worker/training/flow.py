@@ -1,14 +1,15 @@
 """The recipe behind `train.flow`: text to picture on a folder of captioned pictures.
 
 One step does one update of the flow and one of the decoder. Their losses share nothing but the latents, which are
-computed once, so both may run side by side in a thread each.
+computed once, so both may run side by side in a thread each. A memory of subjects, where the job asks for one, is fitted to
+the captions before the first step, in a minute or so, and stays as it is from then on.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from worker.networks import flow as network
-from worker.networks.flow import FlowConfig, TextToImage
+from worker.networks.flow import FlowConfig, TextMemory, TextToImage
 from worker.training import checkpoints
 from worker.training.data import DatasetError, PictureDataset
 from worker.training.solver import (
@@ -27,8 +28,10 @@ from worker.training.solver import (
     Part,
     Solver,
     SolverConfig,
+    TrainingInterrupted,
     TrainingMonitor,
     TrainingResult,
+    step_seed,
 )
 
 DEFAULT_PROMPTS = (
@@ -38,7 +41,17 @@ DEFAULT_PROMPTS = (
 )  # fmt: skip
 """What the sample grid shows unless the job says otherwise."""
 
+_COPIES = 0.1
+"""Weight of a subject's second and further pictures while the memory is fitted."""
+
+_MEMORY = "memory."
+"""Prefix of the memory's tensors among a checkpoint's constants."""
+
 _NOT_IDENTITY = MAY_CHANGE_ON_RESUME | {"prompts", "sample_steps", "guidance"}
+
+
+class SizesError(ValueError):
+    """The sizes that a job asks for fit neither its encoder nor the model that it starts from."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +71,9 @@ class FlowTrainingConfig:
         hidden: Width of the flow's residual stream, 16 to 4096.
         expansion: Width inside its blocks, 16 to 16384.
         blocks: Its blocks, 1 to 32.
+        memory: Width of the memory of subjects, 0 to 1024 and at most that of the sentence vectors; 0 for none.
+        recall: Hidden width of its query, 16 to 4096.
+        memory_steps: Steps in which it is fitted, 1 to 1,000,000.
         flow_batch: Pictures in an update of the flow, 1 to 4096.
         decoder_batch: Pictures in an update of the decoder, 1 to 1024.
         caption_dropout: Probability in [0, 1) that a caption is hidden, which guidance needs.
@@ -97,6 +113,9 @@ class FlowTrainingConfig:
     hidden: int = 512
     expansion: int = 880
     blocks: int = 4
+    memory: int = 0
+    recall: int = 256
+    memory_steps: int = 2000
     flow_batch: int = 256
     decoder_batch: int = 8
     caption_dropout: float = 0.1
@@ -139,6 +158,9 @@ class FlowTrainingConfig:
         check("hidden", "16 to 4096", 16 <= self.hidden <= 4096)
         check("expansion", "16 to 16384", 16 <= self.expansion <= 16384)
         check("blocks", "1 to 32", 1 <= self.blocks <= 32)
+        check("memory", "0 to 1024", 0 <= self.memory <= 1024)
+        check("recall", "16 to 4096", 16 <= self.recall <= 4096)
+        check("memory_steps", "1 to 1000000", 1 <= self.memory_steps <= 1_000_000)
         check("flow_batch", "1 to 4096", 1 <= self.flow_batch <= 4096)
         check("decoder_batch", "1 to 1024", 1 <= self.decoder_batch <= 1024)
         check("caption_dropout", "[0, 1)", 0 <= self.caption_dropout < 1)
@@ -158,8 +180,8 @@ class FlowTrainingConfig:
         """Return the solver's share of the settings."""
         return SolverConfig(**{f.name: getattr(self, f.name) for f in fields(SolverConfig) if hasattr(self, f.name)})
 
-    def network(self, text_width: int) -> FlowConfig:
-        """Return the network's sizes for sentence vectors of `text_width`."""
+    def network(self, text_width: int, subjects: int = 0) -> FlowConfig:
+        """Return the network's sizes for sentence vectors of `text_width` and so many subjects."""
         return FlowConfig.for_resolution(
             self.resolution,
             text_width=text_width,
@@ -170,6 +192,9 @@ class FlowTrainingConfig:
             hidden=self.hidden,
             expansion=self.expansion,
             blocks=self.blocks,
+            memory=self.memory,
+            subjects=subjects if self.memory else 0,
+            recall=self.recall,
         )
 
 
@@ -184,6 +209,8 @@ class _Material:
     vectors: Tensor
     first_caption: Tensor
     caption_count: Tensor
+    subject: Tensor
+    main: Tensor
 
     def draw(self, count: int, generator: torch.Generator) -> Tensor:
         """Draw picture indices by weight, with replacement, (count,)."""
@@ -194,6 +221,14 @@ class _Material:
         owner = self.owner[chosen]
         place = (torch.rand(len(chosen), generator=generator) * self.caption_count[owner]).long()
         return self.vectors[self.first_caption[owner] + place]
+
+    def draw_blended(self, chosen: Tensor, blend: float, generator: torch.Generator) -> Tensor:
+        """Draw as `draw_vectors`, blended with another caption's of the same picture with probability `blend`."""
+        text = self.draw_vectors(chosen, generator)
+        other = self.draw_vectors(chosen, generator)
+        blended = torch.rand(len(chosen), 1, generator=generator) < blend
+        share = torch.rand(len(chosen), 1, generator=generator) * blended
+        return F.normalize(torch.lerp(text, other, share), dim=-1)
 
 
 def as_floats(pictures: Tensor) -> Tensor:
@@ -247,6 +282,7 @@ def _prepare(config: FlowTrainingConfig, dataset: PictureDataset, vectors: Tenso
     else:
         model.coder.load_state_dict(coder)
     counts = torch.tensor([len(texts) for texts in dataset.captions])
+    numbers = {subject: index for index, subject in enumerate(dict.fromkeys(dataset.subjects))}
     return _Material(
         pictures=pictures,
         latents=model.coder(shrunken),
@@ -255,7 +291,47 @@ def _prepare(config: FlowTrainingConfig, dataset: PictureDataset, vectors: Tenso
         vectors=vectors,
         first_caption=counts.cumsum(0) - counts,
         caption_count=counts,
+        subject=torch.tensor([numbers[subject] for subject in dataset.subjects])[owner],
+        main=torch.tensor([s not in dataset.subjects[:i] for i, s in enumerate(dataset.subjects)])[owner],
     )
+
+
+def _fit_memory(config: FlowTrainingConfig, material: _Material, memory: TextMemory, monitor: TrainingMonitor,
+                workdir: Path) -> None:  # fmt: skip
+    """Fit the memory to the captions: a pure function of config and dataset, on one kind of processor.
+
+    Places that cannot learn are those of an earlier model, whose flow reads them: only what is looked up is fitted then.
+    """
+    if memory.places.requires_grad:
+        captions = material.subject[: len(material.first_caption)].repeat_interleave(material.caption_count)
+        centres = torch.zeros(len(memory.places), material.vectors.shape[1])
+        centres.index_add_(0, captions, material.vectors)
+        memory.begin(F.normalize(centres, dim=-1))
+    learning = [parameter for parameter in memory.parameters() if parameter.requires_grad]
+    optimiser = torch.optim.AdamW(learning, lr=1e-3, weight_decay=1e-4, betas=(0.9, 0.99))
+    # The captions of a subject's further pictures, "a blue car", are for the flow; here they would draw what is red to
+    # all things that were painted red.
+    weights = material.weights * torch.where(material.main, 1.0, _COPIES)
+    total, counted = 0.0, 0
+    for step in range(config.memory_steps):
+        done = step / config.memory_steps
+        for group in optimiser.param_groups:
+            group["lr"] = 1e-3 * min(1.0, (step + 1) / 100) * min(1.0, 0.02 + (1 - done) / 0.6)
+        generator = torch.Generator().manual_seed(step_seed(config.seed, step, "memory"))
+        chosen = torch.multinomial(weights, 256, replacement=True, generator=generator)
+        text = material.draw_blended(chosen, 0.5, generator)
+        strength = config.caption_jitter * torch.rand(len(chosen), 1, generator=generator)
+        text = F.normalize(text + strength * torch.randn(text.shape, generator=generator), dim=-1)
+        optimiser.zero_grad(set_to_none=True)
+        loss = network.memory_loss(memory, text, material.subject[chosen])
+        loss.backward()
+        optimiser.step()
+        total, counted = total + float(loss.detach()), counted + 1
+        if (step + 1) % 100 == 0 or step + 1 == config.memory_steps:
+            monitor.on_step(0, config.steps, {"memory_loss": total / counted})
+            total, counted = 0.0, 0
+        if monitor.should_stop():
+            raise TrainingInterrupted(0, workdir / "checkpoints")
 
 
 def grid(pictures: Tensor, columns: int = 4) -> Image.Image:
@@ -267,6 +343,30 @@ def grid(pictures: Tensor, columns: int = 4) -> Image.Image:
         tile = Image.fromarray((picture.permute(1, 2, 0) * 255).round().byte().numpy())
         sheet.paste(tile, (index % columns * width, index // columns * height), tile)
     return sheet
+
+
+def _start(earlier: TextToImage, sizes: FlowConfig, name: str) -> TextToImage:
+    """Return a model to train on from an earlier one, with the memory that the job asks for if that one has none.
+
+    Raises:
+        SizesError: The sizes do not agree.
+    """
+    theirs = earlier.config
+    if theirs.memory or not sizes.memory:
+        wanted = replace(sizes, memory=theirs.memory, subjects=theirs.subjects, recall=theirs.recall)
+        if theirs != (sizes if sizes.memory else wanted):
+            raise SizesError(f"{name} has {theirs}; the job asks for {sizes}")
+        return earlier.requires_grad_(True).train()
+    if replace(sizes, memory=0, subjects=0, recall=theirs.recall) != theirs:
+        raise SizesError(f"{name} has {theirs}; the job asks for {sizes}")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = TextToImage(sizes)
+    tensors = earlier.state_dict()
+    columns = torch.zeros(sizes.condition, sizes.memory)  # at first the flow does not hear of it
+    tensors["flow.text_in.weight"] = torch.cat([tensors["flow.text_in.weight"], columns], dim=1)
+    model.load_state_dict(tensors, strict=False)
+    return model.train()
 
 
 def train_flow(
@@ -288,7 +388,8 @@ def train_flow(
         monitor: Who watches; the metrics are `flow_loss`, `decoder_loss`, `learning_rate`, `pictures_per_second`.
         workdir: Folder for checkpoints and the model.
         resume_from: A checkpoint or a folder of checkpoints of this training; None starts anew.
-        start_from: Weights of an earlier model to start a new training from (fine-tuning); the sizes must agree.
+        start_from: Weights of an earlier model to start a new training from (fine-tuning); the sizes must agree. If it
+            has a memory, that is kept; a config that asks for one, over as many subjects, fits anew what is looked up in it.
 
     Returns:
         The result; its `model_path` is what `worker.networks.flow.load` reads.
@@ -296,36 +397,47 @@ def train_flow(
     Raises:
         DatasetError: The dataset is of another resolution.
         TrainingInterrupted, TrainingDiverged, CheckpointError: See `Solver.run`.
-        ModelFormatError, ValueError: `start_from` is no model or of other sizes.
+        ModelFormatError, SizesError: `start_from` is no model or of other sizes.
     """
     if dataset.resolution != config.resolution:
         raise DatasetError(f"dataset has pictures of {dataset.resolution} pixels; allowed is {config.resolution}")
     vectors = embed_all(embed, [caption for texts in dataset.captions for caption in texts])
     prompts = embed_all(embed, list(config.prompts), vectors.shape[1])
-    sizes = config.network(vectors.shape[1])
+    if config.memory > vectors.shape[1]:
+        raise SizesError(f"memory is {config.memory}; allowed is at most {vectors.shape[1]}, the encoder's width")
+    sizes = config.network(vectors.shape[1], len(set(dataset.subjects)))
     if start_from is None:
         # Initial weights come from the global generator: it is seeded for them and given back as it was.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             model = TextToImage(sizes)
     else:
-        model = network.load(start_from).requires_grad_(True).train()
-        if model.config != sizes:
-            raise ValueError(f"{start_from.name} has {model.config}; the job asks for {sizes}")
+        model = _start(network.load(start_from), sizes, start_from.name)
     coder = dict(model.coder.state_dict()) if start_from is not None else None
+    # A memory comes along with the weights that one starts from, as the latents do: the flow has learned to read it. A
+    # job that asks for one fits what is looked up in it to its own captions.
+    earlier = start_from is not None and bool(network.describe(start_from)["config"].get("memory"))
+    remembers = earlier and not config.memory
     if resume_from is not None:
         checkpoint, _ = checkpoints.newest(resume_from)
         if checkpoint is not None:
-            coder = checkpoint.tensors["constants"]
+            constants = checkpoint.tensors["constants"]
+            coder = {name: value for name, value in constants.items() if not name.startswith(_MEMORY)}
+            if model.memory is not None:
+                kept = {n.removeprefix(_MEMORY): v for n, v in constants.items() if n.startswith(_MEMORY)}
+                model.memory.load_state_dict(kept)
+                remembers = True
     material = _prepare(config, dataset, vectors, model, coder)
+    if model.memory is not None:
+        model.memory.places.requires_grad_(not earlier)
+        if not remembers:
+            _fit_memory(config, material, model.memory, monitor, workdir)
+        model.memory.requires_grad_(False)
 
     def loss_of_flow(module: nn.Module, generator: torch.Generator) -> Tensor:
         chosen = material.draw(config.flow_batch, generator)
-        text = material.draw_vectors(chosen, generator)
-        other = material.draw_vectors(chosen, generator)
-        blended = torch.rand(len(chosen), 1, generator=generator) < config.caption_blend
-        share = torch.rand(len(chosen), 1, generator=generator) * blended
-        text = F.normalize(torch.lerp(text, other, share), dim=-1)
+        with torch.no_grad():
+            text = model.understand(material.draw_blended(chosen, config.caption_blend, generator))
         return network.flow_loss(
             module, material.latents[chosen], text, generator,  # type: ignore[arg-type]
             dropout=config.caption_dropout, jitter=config.caption_jitter,
@@ -350,6 +462,9 @@ def train_flow(
         network.save(model, path, {"dataset": dataset.digest, "steps": str(solver.step), "seed": str(config.seed)})
 
     identity: dict[str, Any] = {k: v for k, v in asdict(config).items() if k not in _NOT_IDENTITY}
+    if not config.memory:
+        # Checkpoints of the time before there was a memory do not have these.
+        identity = {k: v for k, v in identity.items() if k not in ("memory", "recall", "memory_steps")}
     identity |= {"recipe": "flow", "dataset": dataset.digest}
     solver = Solver(
         [
@@ -362,6 +477,9 @@ def train_flow(
         identity=identity,
         save_model=save_model,
         draw_samples=draw_samples,
-        constants=dict(model.coder.state_dict()),
+        constants={
+            **model.coder.state_dict(),
+            **{f"{_MEMORY}{n}": v for n, v in (model.memory.state_dict() if model.memory is not None else {}).items()},
+        },
     )
     return solver.run(resume_from)

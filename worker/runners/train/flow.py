@@ -17,7 +17,7 @@ from worker.engines.files import ResolvedModel, file_sha256
 from worker.networks.flow import ModelFormatError
 from worker.runners import runs
 from worker.training.data import DatasetError, PictureDataset
-from worker.training.flow import FlowTrainingConfig, train_flow
+from worker.training.flow import FlowTrainingConfig, SizesError, train_flow
 from worker.training.solver import TrainingDiverged, TrainingInterrupted
 
 _PACKED = "checkpoint-{step:08d}.zip"
@@ -121,7 +121,7 @@ def train(params: list[TrainFlow], context: JobContext) -> Iterator[Yield]:
     except TrainingInterrupted as stopped:
         context.check(0)
         raise Released(f"training stopped at step {stopped.step}; it goes on from its checkpoint") from None
-    except (TrainingDiverged, ModelFormatError, DatasetError) as error:
+    except (TrainingDiverged, ModelFormatError, DatasetError, SizesError) as error:
         raise InputError(str(error)) from None
     lineage = {
         "recipe": "train.flow",

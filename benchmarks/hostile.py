@@ -14,10 +14,13 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import httpcore
 
 ROOT = Path(__file__).parents[1]
+for _folder in (ROOT / "tests" / "plugins", ROOT / "tests", ROOT):  # before this folder, whose names are others'
+    sys.path.insert(0, str(_folder))
 NAMES = {"image": "Pictures", "audio": "Sounds", "video": "Videos", "dataset": "Archives"}
 PUBLIC = "93.184.216.34"
 URLS = {
@@ -45,8 +48,6 @@ ANSWERS = {
 
 def cases() -> Any:
     """The module with the files."""
-    for folder in (ROOT, ROOT / "tests", ROOT / "tests" / "plugins"):
-        sys.path.insert(0, str(folder))
     spec = importlib.util.spec_from_file_location("hostile_inputs", ROOT / "tests" / "services" / "test_hostile_inputs.py")
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
@@ -102,7 +103,9 @@ def addresses(folder: Path) -> list[str]:
         """Answers a path with a redirect to the host in it."""
 
         def write(self, buffer: bytes, timeout: float | None = None) -> None:
-            target = buffer.split(b" ")[1].strip(b"/").decode()
+            if not buffer.startswith(b"GET "):
+                return
+            target = unquote(buffer.split(b" ")[1].strip(b"/").decode())
             self._buffer = [f"HTTP/1.1 302 Found\r\nLocation: http://{target}/{target}/\r\nContent-Length: 0\r\nConnection: close\r\n\r\n".encode(), b""]
 
     def connect(self: Any, host: str, port: int, **_: Any) -> httpcore.NetworkStream:

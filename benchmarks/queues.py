@@ -139,12 +139,14 @@ def peer_end_to_end(bench: Bench, name: str) -> dict[str, float]:
         run.start()
         run.submit(warm)
         run.wait(warm)
-        before = run.cpu()
+        server = bench.valkey[0].leash.pid
+        before, served = run.cpu(), cpu_seconds(tree(server))
         told = run.submit(jobs)
         _, last = run.wait(warm + jobs)
         return {
             "value": jobs / (last - told["begun"]), "submit/s": jobs / (told["ended"] - told["begun"]),
-            "worker µs/job": (run.cpu() - before) / jobs * 1e6,
+            "worker µs/job": (run.cpu() - before) / jobs * 1e6, "producer µs/job": told["cpu"] / jobs * 1e6,
+            "servers µs/job": (cpu_seconds(tree(server)) - served) / jobs * 1e6,
         }  # fmt: skip
 
 

@@ -57,17 +57,17 @@ def _report() -> None:
         time.sleep(PERIOD_S)
 
 
-def submitted(begun: float, ended: float) -> None:
-    """Tell how long submitting took."""
-    print(json.dumps({"begun": begun, "ended": ended}))
+def submitted(begun: float, ended: float, cpu: float) -> None:
+    """Tell how long submitting took, and how much CPU."""
+    print(json.dumps({"begun": begun, "ended": ended, "cpu": cpu}))
 
 
 def submit(send, jobs: int) -> None:
     """Call ``send`` once a job."""
-    begun = time.monotonic()
+    begun, cpu = time.monotonic(), time.process_time()
     for _ in range(jobs):
         send()
-    submitted(begun, time.monotonic())
+    submitted(begun, time.monotonic(), time.process_time() - cpu)
 
 
 def submit_async(send, jobs: int, before=None, after=None, width: int = 100) -> None:
@@ -77,13 +77,13 @@ def submit_async(send, jobs: int, before=None, after=None, width: int = 100) -> 
     async def work() -> None:
         if before:
             await before()
-        begun = time.monotonic()
+        begun, cpu = time.monotonic(), time.process_time()
         for start in range(0, jobs, width):
             await asyncio.gather(*(send() for _ in range(min(width, jobs - start))))
-        ended = time.monotonic()
+        ended, used = time.monotonic(), time.process_time() - cpu
         if after:
             await after()
-        submitted(begun, ended)
+        submitted(begun, ended, used)
 
     asyncio.run(work())
 

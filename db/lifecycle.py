@@ -34,7 +34,9 @@ from contentfactory.ids import new_id
 from contentfactory.jobs.spec import RetryPolicy, get_kind
 from contentfactory.states import TERMINAL, BatchState, JobState, Priority
 from db import limits, warm
-from db.models import (
+from db.session import insert_for, now
+from db.sql import among, dumps, has_state, insert_rows
+from db.tables import (
     Artifact,
     Attempt,
     Batch,
@@ -51,8 +53,6 @@ from db.models import (
     Share,
     Worker,
 )
-from db.session import insert_for, now
-from db.sql import among, dumps, has_state, insert_rows
 
 CHUNK = 500
 """Ids in one statement: below SQLite's limit on variables, and short transactions on both."""
@@ -232,18 +232,18 @@ def _lock_parents(conn: Connection, ids: set[str]) -> dict[str, str]:
     # Locked, so that a parent cannot end between our look at it and the commit of the edge.
     if not ids:
         return {}
-    query = select(Job.id, Job.state).where(among(conn, Job.id, ids)).order_by(Job.id).with_for_update(read=True)
+    query = select(Job.c.id, Job.c.state).where(among(conn, Job.c.id, ids)).order_by(Job.c.id).with_for_update(read=True)
     return {row.id: row.state for row in conn.execute(query)}
 
 
-def _insert_new(conn: Connection, table: type[Any], rows: list[dict[str, Any]]) -> set[str]:
+def _insert_new(conn: Connection, table: Any, rows: list[dict[str, Any]]) -> set[str]:
     new: set[str] = set()
     # The number of variables in one statement is bounded on SQLite (32,766) and PostgreSQL (65,535).
     for chunk in _chunks(rows, max(1, 20_000 // max(1, len(rows[0]) if rows else 1))):
         values = [{k: json.loads(v) if k in ("params", "labels") else v for k, v in row.items()} for row in chunk]
         statement = insert_for(conn, table).values(values).on_conflict_do_nothing()
         if table is Job:
-            new.update(conn.execute(statement.returning(Job.id)).scalars())
+            new.update(conn.execute(statement.returning(Job.c.id)).scalars())
         else:
             conn.execute(statement)
     return new
@@ -319,9 +319,9 @@ def dispatch(conn: Connection, queue: str, *, cap_s: float, max_jobs: int = 4096
         return []
     bounds = limits.caps(conn, queue, {key for rows in candidates.values() for key in rows.share_keys}, at, worker_seen_s)
     known = conn.execute(
-        select(Project.id, Project.weight, Share.virtual_seconds)
-        .outerjoin(Share, and_(Share.project_id == Project.id, Share.queue == queue))
-        .where(among(conn, Project.id, candidates))
+        select(Project.c.id, Project.c.weight, Share.c.virtual_seconds)
+        .outerjoin(Share, and_(Share.c.project_id == Project.c.id, Share.c.queue == queue))
+        .where(among(conn, Project.c.id, candidates))
     ).all()
     weights = {row.id: max(row.weight, 1e-6) for row in known}
     # A project that was idle joins at the level of the least advanced busy one: idleness earns no credit to burst with.
@@ -363,15 +363,15 @@ def dispatch(conn: Connection, queue: str, *, cap_s: float, max_jobs: int = 4096
     prefer.save()
     statement = (
         update(Job)
-        .where(among(conn, Job.id, [i for _, _, ids in hints for i in ids]), has_state(JobState.QUEUED))
+        .where(among(conn, Job.c.id, [i for _, _, ids in hints for i in ids]), has_state(JobState.QUEUED))
         .values(state=JobState.DISPATCHED, dispatched_at=at)
-        .returning(Job.id)
+        .returning(Job.c.id)
     )
     marked = set(conn.execute(statement).scalars())
     share = insert_for(conn, Share)
     conn.execute(
         share.on_conflict_do_update(
-            index_elements=[Share.queue, Share.project_id], set_={"virtual_seconds": share.excluded.virtual_seconds}
+            index_elements=[Share.c.queue, Share.c.project_id], set_={"virtual_seconds": share.excluded.virtual_seconds}
         ),
         [{"queue": queue, "project_id": project, "virtual_seconds": virtual[project]} for project in sorted(served)],
     )
@@ -385,11 +385,11 @@ def dispatch(conn: Connection, queue: str, *, cap_s: float, max_jobs: int = 4096
 
 _LOOK = select(
     now().label("at"),
-    select(Queue.paused).where(Queue.name == bindparam("queue")).scalar_subquery().label("paused"),
-    select(func.coalesce(func.sum(Job.seconds), 0.0)).where(Job.queue == bindparam("queue"), has_state(JobState.DISPATCHED))
+    select(Queue.c.paused).where(Queue.c.name == bindparam("queue")).scalar_subquery().label("paused"),
+    select(func.coalesce(func.sum(Job.c.seconds), 0.0)).where(Job.c.queue == bindparam("queue"), has_state(JobState.DISPATCHED))
     .scalar_subquery().label("seconds"),
-    select(func.count()).where(Job.queue == bindparam("queue"), has_state(JobState.DISPATCHED)).scalar_subquery().label("jobs"),
-    select(func.count()).where(Worker.seen_at > now() - bindparam("seen_s"), cast(Worker.queues, String).like(bindparam("serves")))
+    select(func.count()).where(Job.c.queue == bindparam("queue"), has_state(JobState.DISPATCHED)).scalar_subquery().label("jobs"),
+    select(func.count()).where(Worker.c.seen_at > now() - bindparam("seen_s"), cast(Worker.c.queues, String).like(bindparam("serves")))
     .scalar_subquery().label("workers"),
 )  # fmt: skip
 """All that a dispatcher must know of a queue, in one round trip."""
@@ -455,18 +455,18 @@ def _candidates(conn: Connection, queue: str, at: float, window: int) -> dict[st
     projects = _skip_scan(conn, sql, {"queue": queue})
     if not projects:
         return {}
-    paused = set(conn.execute(select(Project.id).where(Project.paused)).scalars())
-    held = select(Batch.id).where(Batch.finished_at.is_(None), or_(Batch.paused, Batch.state == BatchState.CANCELLING))
+    paused = set(conn.execute(select(Project.c.id).where(Project.c.paused)).scalars())
+    held = select(Batch.c.id).where(Batch.c.finished_at.is_(None), or_(Batch.c.paused, Batch.c.state == BatchState.CANCELLING))
     per_project = max(32, min(window, 8192 // len(projects)))
     found: dict[str, _Waiting] = {}
     for project in projects:
         if project in paused:
             continue
         query = (
-            select(Job.id, Job.kind, Job.priority, Job.share_key, Job.seconds, Job.group_limit, Job.created_at, Job.run_after, Job.model)
-            .where(has_state(JobState.QUEUED), Job.queue == queue, Job.project_id == project, Job.run_after <= at)
-            .where(or_(Job.batch_id.is_(None), Job.batch_id.not_in(held)))
-            .order_by(Job.band, Job.rank, Job.id)
+            select(Job.c.id, Job.c.kind, Job.c.priority, Job.c.share_key, Job.c.seconds, Job.c.group_limit, Job.c.created_at, Job.c.run_after, Job.c.model)
+            .where(has_state(JobState.QUEUED), Job.c.queue == queue, Job.c.project_id == project, Job.c.run_after <= at)
+            .where(or_(Job.c.batch_id.is_(None), Job.c.batch_id.not_in(held)))
+            .order_by(Job.c.band, Job.c.rank, Job.c.id)
             .limit(per_project)
         )
         rows = conn.execute(query).all()
@@ -478,7 +478,7 @@ def _candidates(conn: Connection, queue: str, at: float, window: int) -> dict[st
 def undispatch(conn: Connection, ids: Sequence[str], delay_s: float = 0.0) -> int:
     """Put jobs back whose hint could not be published, or cannot be served for ``delay_s`` seconds."""
     later = {"run_after": now() + delay_s} if delay_s > 0 else {}
-    waiting = update(Job).where(among(conn, Job.id, ids), has_state(JobState.DISPATCHED))
+    waiting = update(Job).where(among(conn, Job.c.id, ids), has_state(JobState.DISPATCHED))
     return conn.execute(waiting.values(state=JobState.QUEUED, dispatched_at=None, **later)).rowcount
 
 
@@ -493,7 +493,7 @@ def rescue_dispatched(conn: Connection, queue: str, before: float) -> int:
     """
     statement = (
         update(Job)
-        .where(Job.queue == queue, has_state(JobState.DISPATCHED), Job.dispatched_at < before)
+        .where(Job.c.queue == queue, has_state(JobState.DISPATCHED), Job.c.dispatched_at < before)
         .values(state=JobState.QUEUED, dispatched_at=None)
     )
     return conn.execute(statement).rowcount
@@ -503,8 +503,8 @@ def rescue_dispatched(conn: Connection, queue: str, before: float) -> int:
 
 
 _CLAIMED = (
-    Job.id, Job.attempt, Job.project_id, Job.batch_id, Job.custom_id, Job.kind, Job.queue, Job.params, Job.model,
-    Job.seed, Job.reuse, Job.seconds, Job.priority, Job.created_at, Job.dispatched_at, Job.started_at,
+    Job.c.id, Job.c.attempt, Job.c.project_id, Job.c.batch_id, Job.c.custom_id, Job.c.kind, Job.c.queue, Job.c.params, Job.c.model,
+    Job.c.seed, Job.c.reuse, Job.c.seconds, Job.c.priority, Job.c.created_at, Job.c.dispatched_at, Job.c.started_at,
 )  # fmt: skip
 """Columns of `Claimed`, in its order."""
 
@@ -517,12 +517,12 @@ def claim(conn: Connection, ids: Sequence[str], worker: str, lease_s: float) -> 
     """
     ids = list(dict.fromkeys(ids))
     values = {
-        "state": JobState.RUNNING, "attempt": Job.attempt + 1, "lease_owner": worker, "lease_until": now() + lease_s, "started_at": now(),
+        "state": JobState.RUNNING, "attempt": Job.c.attempt + 1, "lease_owner": worker, "lease_until": now() + lease_s, "started_at": now(),
         "progress": None, "message": None, "group_size": len(ids),
     }  # fmt: skip
     statement = (
         update(Job)
-        .where(among(conn, Job.id, ids), has_state(JobState.QUEUED, JobState.DISPATCHED), ~Job.cancel_requested, Job.run_after <= now(), ~_held())
+        .where(among(conn, Job.c.id, ids), has_state(JobState.QUEUED, JobState.DISPATCHED), ~Job.c.cancel_requested, Job.c.run_after <= now(), ~_held())
         .values(values)
         .returning(*_CLAIMED)
     )
@@ -530,10 +530,10 @@ def claim(conn: Connection, ids: Sequence[str], worker: str, lease_s: float) -> 
     if len(claimed) < len(ids):
         # A hint of a paused job is used up: the row waits in SQL again.
         rest = [i for i in ids if i not in claimed]
-        back = update(Job).where(among(conn, Job.id, rest), has_state(JobState.DISPATCHED), _held())
+        back = update(Job).where(among(conn, Job.c.id, rest), has_state(JobState.DISPATCHED), _held())
         conn.execute(back.values(state=JobState.QUEUED, dispatched_at=None))
         if claimed:
-            conn.execute(update(Job).where(among(conn, Job.id, claimed), has_state(JobState.RUNNING)).values(group_size=len(claimed)))
+            conn.execute(update(Job).where(among(conn, Job.c.id, claimed), has_state(JobState.RUNNING)).values(group_size=len(claimed)))
     rows = [(c.id, c.attempt, worker, len(claimed), c.started_at) for c in claimed.values()]
     insert_rows(conn, Attempt, ("job_id", "attempt", "worker", "group_size", "started_at"), rows)
     return [claimed[i] for i in ids if i in claimed]
@@ -541,18 +541,18 @@ def claim(conn: Connection, ids: Sequence[str], worker: str, lease_s: float) -> 
 
 def _held() -> ColumnElement[bool]:
     """Whether a job's batch, project or queue is paused or being cancelled."""
-    batches = select(Batch.id).where(Batch.finished_at.is_(None), or_(Batch.paused, Batch.state == BatchState.CANCELLING))
+    batches = select(Batch.c.id).where(Batch.c.finished_at.is_(None), or_(Batch.c.paused, Batch.c.state == BatchState.CANCELLING))
     return or_(
-        and_(Job.batch_id.is_not(None), Job.batch_id.in_(batches)),
-        Job.project_id.in_(select(Project.id).where(Project.paused)),
-        Job.queue.in_(select(Queue.name).where(Queue.paused)),
+        and_(Job.c.batch_id.is_not(None), Job.c.batch_id.in_(batches)),
+        Job.c.project_id.in_(select(Project.c.id).where(Project.c.paused)),
+        Job.c.queue.in_(select(Queue.c.name).where(Queue.c.paused)),
     )
 
 
 def claimed_by(conn: Connection, ids: Sequence[str], worker: str) -> list[Claimed]:
     """Those of the jobs that this worker holds already: what a claim took whose answer was lost."""
-    query = select(*_CLAIMED).where(among(conn, Job.id, ids), has_state(JobState.RUNNING), Job.lease_owner == worker).order_by(Job.id)
-    return [Claimed(*row) for row in conn.execute(query)]
+    query: Any = select(*_CLAIMED).where(among(conn, Job.c.id, ids), has_state(JobState.RUNNING), Job.c.lease_owner == worker)
+    return [Claimed(*row) for row in conn.execute(query.order_by(Job.c.id))]
 
 
 def _by_attempt(keys: Iterable[tuple[str, int]]) -> dict[int, list[str]]:
@@ -581,16 +581,16 @@ def heartbeat(conn: Connection, held: Mapping[tuple[str, int], tuple[float | Non
     """
     alive: dict[tuple[str, int], bool] = {}
     for attempt, ids in _by_attempt(held).items():
-        mine = (among(conn, Job.id, ids), Job.attempt == attempt, has_state(JobState.RUNNING))
-        found = conn.execute(select(Job.id, Job.cancel_requested, Job.lease_until - now()).where(*mine)).all()
+        mine = (among(conn, Job.c.id, ids), Job.c.attempt == attempt, has_state(JobState.RUNNING))
+        found = conn.execute(select(Job.c.id, Job.c.cancel_requested, Job.c.lease_until - now()).where(*mine)).all()
         alive.update({(row[0], attempt): row[1] for row in found})
         aged = [row[0] for row in found if row[2] is None or row[2] < lease_s * 2 / 3]
         if aged:
             renewed = conn.execute(
                 update(Job)
-                .where(among(conn, Job.id, aged), Job.attempt == attempt, has_state(JobState.RUNNING))
+                .where(among(conn, Job.c.id, aged), Job.c.attempt == attempt, has_state(JobState.RUNNING))
                 .values(lease_until=now() + lease_s)
-                .returning(Job.id)
+                .returning(Job.c.id)
             )
             for job_id in set(aged) - set(renewed.scalars()):
                 alive.pop((job_id, attempt))  # it ended between the two statements
@@ -598,7 +598,7 @@ def heartbeat(conn: Connection, held: Mapping[tuple[str, int], tuple[float | Non
         if key in alive and (progress is not None or message):
             conn.execute(
                 update(Job)
-                .where(Job.id == key[0], Job.attempt == key[1], has_state(JobState.RUNNING))
+                .where(Job.c.id == key[0], Job.c.attempt == key[1], has_state(JobState.RUNNING))
                 .values(progress=progress, message=(message or "")[:500] or None)
             )
     return Beat(frozenset(k for k in held if k not in alive), frozenset(k for k, c in alive.items() if c))
@@ -608,12 +608,12 @@ def report_worker(conn: Connection, worker: str, queues: Sequence[str], device: 
     """Note that a worker's child is alive, what it serves and which models it holds."""
     values = {"queues": list(queues), "device": device, "running": running, "models": list(models)}
     statement = insert_for(conn, Worker).values(id=worker, started_at=now(), seen_at=now(), **values)
-    conn.execute(statement.on_conflict_do_update(index_elements=[Worker.id], set_={"seen_at": now(), **values}))
+    conn.execute(statement.on_conflict_do_update(index_elements=[Worker.c.id], set_={"seen_at": now(), **values}))
 
 
 def forget_worker(conn: Connection, worker: str) -> None:
     """A worker's child ended in order."""
-    conn.execute(delete(Worker).where(Worker.id == worker))
+    conn.execute(delete(Worker).where(Worker.c.id == worker))
 
 
 # --- the end of an attempt ------------------------------------------------------------------------------------------
@@ -629,19 +629,19 @@ def finish(conn: Connection, results: Sequence[Success]) -> list[str]:
         return []
     done: dict[str, Any] = {}
     for attempt, ids in _by_attempt((r.job_id, r.attempt) for r in results).items():
-        fence = (among(conn, Job.id, ids), Job.attempt == attempt, has_state(JobState.RUNNING))
+        fence = (among(conn, Job.c.id, ids), Job.c.attempt == attempt, has_state(JobState.RUNNING))
         statement = (
             update(Job)
-            .where(*fence, ~Job.cancel_requested)
+            .where(*fence, ~Job.c.cancel_requested)
             .values(
                 state=JobState.SUCCEEDED, finished_at=now(), progress=1.0, message=None, error=null(), lease_owner=None, lease_until=None
             )
-            .returning(Job.id, Job.attempt, Job.project_id, Job.batch_id, Job.kind, Job.seed, Job.model)
+            .returning(Job.c.id, Job.c.attempt, Job.c.project_id, Job.c.batch_id, Job.c.kind, Job.c.seed, Job.c.model)
         )
         hit = {row.id: row for row in conn.execute(statement)}
         done.update(hit)
         if len(hit) < len(ids):
-            for job_id in conn.execute(select(Job.id).where(*fence, Job.cancel_requested)).scalars().all():
+            for job_id in conn.execute(select(Job.c.id).where(*fence, Job.c.cancel_requested)).scalars().all():
                 stop(conn, Stop(job_id, attempt, {"type": "cancelled", "code": "cancelled", "message": "cancelled while it ran"}))
     if not done:
         return []
@@ -661,9 +661,8 @@ def finish(conn: Connection, results: Sequence[Success]) -> list[str]:
     insert_rows(conn, Artifact, _ARTIFACT, artifacts)
     keyed = [r for r in published if r.result_key or r.reused_from]
     if keyed:
-        table: Any = Job.__table__  # the mapped class would take a list of values for an update by primary key
         conn.execute(
-            update(table).where(Job.id == bindparam("job")).values(result_key=bindparam("key"), reused_from=bindparam("source")),
+            update(Job).where(Job.c.id == bindparam("job")).values(result_key=bindparam("key"), reused_from=bindparam("source")),
             [{"job": r.job_id, "key": r.result_key, "source": r.reused_from} for r in keyed],
         )
     _close_attempts(conn, [(r.job_id, r.attempt, "succeeded", None, r.phases) for r in published], at)
@@ -703,7 +702,7 @@ def _model_row(model: Mapping[str, Any], job: Any, artifacts: Mapping[str, Mappi
 def insert_model(conn: Connection, row: dict[str, Any]) -> str:
     """Insert a version, numbered after the highest there is of that name. Returns the version."""
     taken = conn.execute(
-        select(ModelVersion.version).where(ModelVersion.project_id == row["project_id"], ModelVersion.name == row["name"])
+        select(ModelVersion.c.version).where(ModelVersion.c.project_id == row["project_id"], ModelVersion.c.name == row["name"])
     ).scalars()
     number = 1 + max((int(v) for v in taken if v.isdigit()), default=0)
     version = str(row.get("version") or number)
@@ -730,11 +729,11 @@ def refuse_doomed(conn: Connection, keys: Collection[str], jobs: Sequence[str] =
         return
     if conn.dialect.name == "postgresql":
         conn.execute(text("SELECT pg_advisory_xact_lock_shared(hashtext('factory:sweep'))"))
-    query = select(DoomedObject.at, DoomedObject.object_key).where(among(conn, DoomedObject.object_key, keys))
-    newest = conn.execute(query.order_by(DoomedObject.at.desc()).limit(1)).one_or_none()
+    query = select(DoomedObject.c.at, DoomedObject.c.object_key).where(among(conn, DoomedObject.c.object_key, keys))
+    newest = conn.execute(query.order_by(DoomedObject.c.at.desc()).limit(1)).one_or_none()
     if newest is None:
         return
-    begun = conn.execute(select(func.min(Job.started_at)).where(among(conn, Job.id, jobs))).scalar() if jobs else None
+    begun = conn.execute(select(func.min(Job.c.started_at)).where(among(conn, Job.c.id, jobs))).scalar() if jobs else None
     # A worker may have put the same bytes for an earlier job and not again for this one (`Executor._put`, a minute at most).
     put_at = begun - MARK_S if begun is not None else database_time(conn) - MARK_S
     if newest.at > put_at - MARK_S:
@@ -745,7 +744,7 @@ def _refuse_gone(conn: Connection, keys: Collection[str]) -> None:
     """Results that are taken over must still be somebody's: their own put did not make their objects young again."""
     if not keys:
         return
-    there = set(conn.execute(select(Artifact.object_key).distinct().where(among(conn, Artifact.object_key, keys))).scalars())
+    there = set(conn.execute(select(Artifact.c.object_key).distinct().where(among(conn, Artifact.c.object_key, keys))).scalars())
     gone = sorted(set(keys) - there)
     if gone:
         raise TransientError(f"object {gone[0]} of an earlier result is not kept any more", code="object_swept")
@@ -758,15 +757,15 @@ def publish(conn: Connection, job_id: str, attempt: int, artifact: NewArtifact) 
         False if the attempt is fenced: nothing was written.
     """
     row = conn.execute(
-        select(Job.id, Job.attempt, Job.project_id, Job.seed, Job.model)
-        .where(Job.id == job_id, Job.attempt == attempt, has_state(JobState.RUNNING))
+        select(Job.c.id, Job.c.attempt, Job.c.project_id, Job.c.seed, Job.c.model)
+        .where(Job.c.id == job_id, Job.c.attempt == attempt, has_state(JobState.RUNNING))
         .with_for_update()
     ).one_or_none()
     if row is None:
         return False
     refuse_doomed(conn, [artifact.object_key], [job_id])
-    conn.execute(delete(Artifact).where(Artifact.job_id == job_id, Artifact.name == artifact.name))
-    last = conn.execute(select(func.max(Artifact.position)).where(Artifact.job_id == job_id)).scalar()
+    conn.execute(delete(Artifact).where(Artifact.c.job_id == job_id, Artifact.c.name == artifact.name))
+    last = conn.execute(select(func.max(Artifact.c.position)).where(Artifact.c.job_id == job_id)).scalar()
     # Published ones sort behind the outputs that the commit will number from 0.
     start = max(1000, (last or 0) + 1)
     at = database_time(conn)
@@ -780,10 +779,10 @@ def drop_published(conn: Connection, job_id: str, attempt: int, names: Sequence[
     Returns:
         Keys of their objects to which no other artifact points: delete them after the commit.
     """
-    held = select(Job.id).where(Job.id == job_id, Job.attempt == attempt, has_state(JobState.RUNNING))
-    statement = delete(Artifact).where(Artifact.job_id.in_(held), Artifact.name.in_(list(names))).returning(Artifact.object_key)
+    held = select(Job.c.id).where(Job.c.id == job_id, Job.c.attempt == attempt, has_state(JobState.RUNNING))
+    statement = delete(Artifact).where(Artifact.c.job_id.in_(held), Artifact.c.name.in_(list(names))).returning(Artifact.c.object_key)
     keys = set(conn.execute(statement).scalars())
-    return sorted(keys - set(conn.execute(select(Artifact.object_key).where(Artifact.object_key.in_(keys))).scalars()))
+    return sorted(keys - set(conn.execute(select(Artifact.c.object_key).where(Artifact.c.object_key.in_(keys))).scalars()))
 
 
 @dataclass(frozen=True)
@@ -846,10 +845,10 @@ def stop(conn: Connection, result: Stop) -> JobState | None:
     """
     row = conn.execute(
         select(
-            Job.id, Job.attempt, Job.project_id, Job.batch_id, Job.kind, Job.group_size, Job.strikes, Job.tries,
-            Job.group_limit, Job.cancel_requested, Job.seed, Job.model,
+            Job.c.id, Job.c.attempt, Job.c.project_id, Job.c.batch_id, Job.c.kind, Job.c.group_size, Job.c.strikes, Job.c.tries,
+            Job.c.group_limit, Job.c.cancel_requested, Job.c.seed, Job.c.model,
         )
-        .where(Job.id == result.job_id, Job.attempt == result.attempt, has_state(JobState.RUNNING))
+        .where(Job.c.id == result.job_id, Job.c.attempt == result.attempt, has_state(JobState.RUNNING))
         .with_for_update()
     ).one_or_none()  # fmt: skip
     if row is None:
@@ -862,10 +861,10 @@ def stop(conn: Connection, result: Stop) -> JobState | None:
     terminal = verdict.state in TERMINAL
     conn.execute(
         update(Job)
-        .where(Job.id == row.id, Job.attempt == row.attempt, has_state(JobState.RUNNING))
+        .where(Job.c.id == row.id, Job.c.attempt == row.attempt, has_state(JobState.RUNNING))
         .values(
             state=verdict.state, error=dict(result.error), tries=dict(verdict.tries), strikes=verdict.strikes,
-            group_limit=verdict.group_limit, run_after=now() + verdict.delay_s if not terminal else Job.run_after,
+            group_limit=verdict.group_limit, run_after=now() + verdict.delay_s if not terminal else Job.c.run_after,
             finished_at=now() if terminal else None, lease_owner=None, lease_until=None, dispatched_at=None, progress=None,
             message=None,
         )
@@ -892,7 +891,7 @@ def _close_attempts(conn: Connection, items: Sequence[tuple[str, int, str, Mappi
     for (attempt, outcome, reason, spent), ids in alike.items():
         conn.execute(
             update(Attempt)
-            .where(among(conn, Attempt.job_id, ids), Attempt.attempt == attempt)
+            .where(among(conn, Attempt.c.job_id, ids), Attempt.c.attempt == attempt)
             .values(finished_at=at, outcome=outcome, error=json.loads(reason) if reason else null(), phases=json.loads(spent) if spent else null())
         )
 
@@ -921,15 +920,15 @@ def _ended(conn: Connection, rows: Sequence[Any], state: JobState, *, error: Map
 
 
 def _unblock(conn: Connection, parents: Sequence[str]) -> None:
-    waiting = Counter(conn.execute(select(Dependency.job_id).where(among(conn, Dependency.parent_id, parents))).scalars())
+    waiting = Counter(conn.execute(select(Dependency.c.job_id).where(among(conn, Dependency.c.parent_id, parents))).scalars())
     by_count: dict[int, list[str]] = defaultdict(list)
     for child, n in sorted(waiting.items()):
         by_count[n].append(child)
     for n, children in by_count.items():
         # Subtracted, not counted anew: two parents may end at the same time and see only their own edge.
-        blocked = (among(conn, Job.id, children), has_state(JobState.BLOCKED))
-        conn.execute(update(Job).where(*blocked).values(pending=Job.pending - n))
-        conn.execute(update(Job).where(*blocked, Job.pending <= 0).values(state=JobState.QUEUED))
+        blocked = (among(conn, Job.c.id, children), has_state(JobState.BLOCKED))
+        conn.execute(update(Job).where(*blocked).values(pending=Job.c.pending - n))
+        conn.execute(update(Job).where(*blocked, Job.c.pending <= 0).values(state=JobState.QUEUED))
 
 
 def _fail_children(conn: Connection, parents: Sequence[str]) -> None:
@@ -938,11 +937,11 @@ def _fail_children(conn: Connection, parents: Sequence[str]) -> None:
     while level:
         names = {
             row.id: row for chunk in _chunks(level)
-            for row in conn.execute(select(Job.id, Job.custom_id, Job.kind, Job.state, Job.error).where(Job.id.in_(chunk)))
+            for row in conn.execute(select(Job.c.id, Job.c.custom_id, Job.c.kind, Job.c.state, Job.c.error).where(Job.c.id.in_(chunk)))
         }  # fmt: skip
         edges: dict[str, str] = {}
         for chunk in _chunks(level):
-            for edge in conn.execute(select(Dependency.job_id, Dependency.parent_id).where(Dependency.parent_id.in_(chunk))):
+            for edge in conn.execute(select(Dependency.c.job_id, Dependency.c.parent_id).where(Dependency.c.parent_id.in_(chunk))):
                 edges.setdefault(edge.job_id, edge.parent_id)
         next_level = []
         for child, parent in edges.items():
@@ -955,9 +954,9 @@ def _fail_children(conn: Connection, parents: Sequence[str]) -> None:
             state = JobState.CANCELLED if cause.state == JobState.CANCELLED else JobState.FAILED
             row = conn.execute(
                 update(Job)
-                .where(Job.id == child, has_state(JobState.BLOCKED))
+                .where(Job.c.id == child, has_state(JobState.BLOCKED))
                 .values(state=state, error=error, finished_at=now())
-                .returning(Job.id, Job.project_id, Job.batch_id, Job.kind)
+                .returning(Job.c.id, Job.c.project_id, Job.c.batch_id, Job.c.kind)
             ).one_or_none()
             if row is not None:
                 _ended(conn, [row], state, error=error)
@@ -975,16 +974,16 @@ def reap(conn: Connection, *, lease_s: float, period_s: float, limit: int = 1000
         Count by new state, plus ``extended``.
     """
     at = database_time(conn)
-    last = conn.execute(select(Mark.value).where(Mark.name == "reaper").with_for_update()).scalar()
+    last = conn.execute(select(Mark.c.value).where(Mark.c.name == "reaper").with_for_update()).scalar()
     _set_mark(conn, "reaper", at)
     if last is None or at - last > max(3 * period_s, lease_s / 2):
         # Nobody could renew while the database or the whole factory was away: give live workers one lease to say so.
         n = conn.execute(
-            update(Job).where(has_state(JobState.RUNNING), Job.lease_until < at + lease_s).values(lease_until=at + lease_s)
+            update(Job).where(has_state(JobState.RUNNING), Job.c.lease_until < at + lease_s).values(lease_until=at + lease_s)
         ).rowcount
         return {"extended": n}
     expired = conn.execute(
-        select(Job.id, Job.attempt, Job.lease_owner).where(has_state(JobState.RUNNING), Job.lease_until < at).limit(limit)
+        select(Job.c.id, Job.c.attempt, Job.c.lease_owner).where(has_state(JobState.RUNNING), Job.c.lease_until < at).limit(limit)
     ).all()
     return dict(_crash(conn, expired, "the worker {owner} stopped renewing its lease"))
 
@@ -1012,29 +1011,29 @@ def _crash(conn: Connection, rows: Iterable[Any], reason: str) -> Counter[str]:
 
 def release_all(conn: Connection, reason: str) -> int:
     """Queue everything again that runs; only for a caller who knows that no worker of this ledger lives."""
-    rows = conn.execute(select(Job.id, Job.attempt).where(has_state(JobState.RUNNING))).all()
+    rows = conn.execute(select(Job.c.id, Job.c.attempt).where(has_state(JobState.RUNNING))).all()
     return sum(crash(conn, [(r.id, r.attempt) for r in rows], reason, released=True).values())
 
 
 def unblock_stuck(conn: Connection, limit: int = 1000) -> int:
     """Safety net: queue blocked jobs all of whose parents have succeeded, fail those with a failed one."""
-    open_parents = select(Job.id).where(Job.state != JobState.SUCCEEDED)
+    open_parents = select(Job.c.id).where(Job.c.state != JobState.SUCCEEDED)
     stuck = list(
         conn.execute(
-            select(Job.id)
+            select(Job.c.id)
             .where(has_state(JobState.BLOCKED))
-            .where(~select(Dependency.job_id).where(Dependency.job_id == Job.id, Dependency.parent_id.in_(open_parents)).exists())
+            .where(~select(Dependency.c.job_id).where(Dependency.c.job_id == Job.c.id, Dependency.c.parent_id.in_(open_parents)).exists())
             .limit(limit)
         ).scalars()
     )
     for chunk in _chunks(stuck):
-        conn.execute(update(Job).where(Job.id.in_(chunk), has_state(JobState.BLOCKED)).values(state=JobState.QUEUED, pending=0))
+        conn.execute(update(Job).where(Job.c.id.in_(chunk), has_state(JobState.BLOCKED)).values(state=JobState.QUEUED, pending=0))
     return len(stuck)
 
 
 def _set_mark(conn: Connection, name: str, value: float) -> None:
     statement = insert_for(conn, Mark).values(name=name, value=value)
-    conn.execute(statement.on_conflict_do_update(index_elements=[Mark.name], set_={"value": value}))
+    conn.execute(statement.on_conflict_do_update(index_elements=[Mark.c.name], set_={"value": value}))
 
 
 # --- batches --------------------------------------------------------------------------------------------------------
@@ -1042,7 +1041,7 @@ def _set_mark(conn: Connection, name: str, value: float) -> None:
 
 def fold_counts(conn: Connection, limit: int = 20_000) -> int:
     """Fold appended deltas into the counters; on PostgreSQL only those that no other folder holds."""
-    query = select(BatchDelta.id, BatchDelta.batch_id, BatchDelta.kind, BatchDelta.state, BatchDelta.n).order_by(BatchDelta.id).limit(limit)
+    query = select(BatchDelta.c.id, BatchDelta.c.batch_id, BatchDelta.c.kind, BatchDelta.c.state, BatchDelta.c.n).order_by(BatchDelta.c.id).limit(limit)
     if conn.dialect.name == "postgresql":
         query = query.with_for_update(skip_locked=True)
     rows = conn.execute(query).all()
@@ -1055,19 +1054,19 @@ def fold_counts(conn: Connection, limit: int = 20_000) -> int:
         statement = insert_for(conn, BatchCount).values(batch_id=batch_id, kind=kind, state=state, n=n)
         conn.execute(
             statement.on_conflict_do_update(
-                index_elements=[BatchCount.batch_id, BatchCount.kind, BatchCount.state], set_={"n": BatchCount.n + n}
+                index_elements=[BatchCount.c.batch_id, BatchCount.c.kind, BatchCount.c.state], set_={"n": BatchCount.c.n + n}
             )
         )
     for chunk in _chunks([row.id for row in rows]):
-        conn.execute(delete(BatchDelta).where(BatchDelta.id.in_(chunk)))
+        conn.execute(delete(BatchDelta).where(BatchDelta.c.id.in_(chunk)))
     return len(rows)
 
 
 def counts(conn: Connection, batch_id: str) -> dict[str, dict[str, int]]:
     """Counters of a batch: kind → state → n, where ``total`` counts accepted jobs and ``reused`` is part of ``succeeded``."""
     out: dict[str, dict[str, int]] = defaultdict(dict)
-    both = select(BatchCount.kind, BatchCount.state, BatchCount.n).where(BatchCount.batch_id == batch_id).union_all(
-        select(BatchDelta.kind, BatchDelta.state, BatchDelta.n).where(BatchDelta.batch_id == batch_id)
+    both = select(BatchCount.c.kind, BatchCount.c.state, BatchCount.c.n).where(BatchCount.c.batch_id == batch_id).union_all(
+        select(BatchDelta.c.kind, BatchDelta.c.state, BatchDelta.c.n).where(BatchDelta.c.batch_id == batch_id)
     )  # fmt: skip
     for kind, state, n in conn.execute(both):
         out[kind][state] = out[kind].get(state, 0) + int(n)
@@ -1076,7 +1075,7 @@ def counts(conn: Connection, batch_id: str) -> dict[str, dict[str, int]]:
 
 def all_ended(conn: Connection, batch_ids: Iterable[str]) -> set[str]:
     """Those of the batches all of whose jobs have ended by the counters: a look that needs no write transaction."""
-    totals = conn.execute(select(Batch.id, Batch.total).where(among(conn, Batch.id, batch_ids), Batch.finished_at.is_(None))).all()
+    totals = conn.execute(select(Batch.c.id, Batch.c.total).where(among(conn, Batch.c.id, batch_ids), Batch.c.finished_at.is_(None))).all()
     return {row.id for row in totals if _ended_jobs(counts(conn, row.id)) >= row.total}
 
 
@@ -1090,11 +1089,11 @@ def close_batches(conn: Connection, batch_ids: Iterable[str] | None = None) -> l
     Returns:
         Ids of the batches that this call finished.
     """
-    query = select(Batch.id, Batch.project_id, Batch.state, Batch.total, Batch.cursor, Batch.source).where(
-        Batch.finished_at.is_(None), Batch.state.in_((BatchState.RUNNING, BatchState.CANCELLING))
+    query = select(Batch.c.id, Batch.c.project_id, Batch.c.state, Batch.c.total, Batch.c.cursor, Batch.c.source).where(
+        Batch.c.finished_at.is_(None), Batch.c.state.in_((BatchState.RUNNING, BatchState.CANCELLING))
     )
     if batch_ids is not None:
-        query = query.where(Batch.id.in_(list(batch_ids)))
+        query = query.where(Batch.c.id.in_(list(batch_ids)))
     closed = []
     for row in conn.execute(query).all():
         if row.cursor < row.source.get("jobs", 0):
@@ -1104,7 +1103,7 @@ def close_batches(conn: Connection, batch_ids: Iterable[str] | None = None) -> l
             continue
         state = BatchState.CANCELLED if row.state == BatchState.CANCELLING else BatchState.COMPLETED
         hit = conn.execute(
-            update(Batch).where(Batch.id == row.id, Batch.state == row.state, Batch.finished_at.is_(None)).values(state=state, finished_at=now())
+            update(Batch).where(Batch.c.id == row.id, Batch.c.state == row.state, Batch.c.finished_at.is_(None)).values(state=state, finished_at=now())
         ).rowcount
         if hit:
             totals: Counter[str] = Counter()
@@ -1131,12 +1130,12 @@ def cancel_jobs(conn: Connection, ids: Sequence[str]) -> dict[str, int]:
     for chunk in _chunks(sorted(ids)):
         rows = conn.execute(
             update(Job)
-            .where(Job.id.in_(chunk), has_state(*_WAITING))
+            .where(Job.c.id.in_(chunk), has_state(*_WAITING))
             .values(state=JobState.CANCELLED, finished_at=now(), error=error, cancel_requested=True, dispatched_at=None)
-            .returning(Job.id, Job.project_id, Job.batch_id, Job.kind)
+            .returning(Job.c.id, Job.c.project_id, Job.c.batch_id, Job.c.kind)
         ).all()
         requested += conn.execute(
-            update(Job).where(Job.id.in_(chunk), has_state(JobState.RUNNING), ~Job.cancel_requested).values(cancel_requested=True)
+            update(Job).where(Job.c.id.in_(chunk), has_state(JobState.RUNNING), ~Job.c.cancel_requested).values(cancel_requested=True)
         ).rowcount
         _ended(conn, rows, JobState.CANCELLED)
         _fail_children(conn, [r.id for r in rows])
@@ -1155,19 +1154,19 @@ def cancel_batch(conn: Connection, batch_id: str, limit: int = 2000) -> int:
     """
     conn.execute(
         update(Batch)
-        .where(Batch.id == batch_id, Batch.state.in_((BatchState.RUNNING, BatchState.EXPANDING)))
+        .where(Batch.c.id == batch_id, Batch.c.state.in_((BatchState.RUNNING, BatchState.EXPANDING)))
         .values(state=BatchState.CANCELLING, paused=False)
     )
     ids = list(
         conn.execute(
-            select(Job.id).where(Job.batch_id == batch_id, has_state(*_WAITING)).limit(limit)
+            select(Job.c.id).where(Job.c.batch_id == batch_id, has_state(*_WAITING)).limit(limit)
         ).scalars()
     )
     cancel_jobs(conn, ids)
     conn.execute(
-        update(Job).where(Job.batch_id == batch_id, has_state(JobState.RUNNING), ~Job.cancel_requested).values(cancel_requested=True)
+        update(Job).where(Job.c.batch_id == batch_id, has_state(JobState.RUNNING), ~Job.c.cancel_requested).values(cancel_requested=True)
     )
-    left = select(func.count()).select_from(Job).where(Job.batch_id == batch_id, has_state(*_WAITING))
+    left = select(func.count()).select_from(Job).where(Job.c.batch_id == batch_id, has_state(*_WAITING))
     return int(conn.execute(left).scalar_one())
 
 
@@ -1179,10 +1178,10 @@ def pause(conn: Connection, what: str, name: str, paused: bool) -> bool:
     """
     if what == "queue":
         statement = insert_for(conn, Queue).values(name=name, paused=paused)
-        conn.execute(statement.on_conflict_do_update(index_elements=[Queue.name], set_={"paused": paused}))
+        conn.execute(statement.on_conflict_do_update(index_elements=[Queue.c.name], set_={"paused": paused}))
         return True
-    table: Any = {"project": Project, "batch": Batch}[what]
-    hit = conn.execute(update(table).where(table.id == name).values(paused=paused)).rowcount
+    table = {"project": Project, "batch": Batch}[what]
+    hit = conn.execute(update(table).where(table.c.id == name).values(paused=paused)).rowcount
     if hit:
         owner = name if what == "project" else None
         batch_id = name if what == "batch" else None
@@ -1194,5 +1193,5 @@ def reprioritise(conn: Connection, ids: Sequence[str], priority: int) -> int:
     """Give waiting jobs another priority."""
     n = 0
     for chunk in _chunks(sorted(ids)):
-        n += conn.execute(update(Job).where(Job.id.in_(chunk), has_state(*_WAITING)).values(priority=priority, band=100 - priority)).rowcount
+        n += conn.execute(update(Job).where(Job.c.id.in_(chunk), has_state(*_WAITING)).values(priority=priority, band=100 - priority)).rowcount
     return n

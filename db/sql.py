@@ -1,5 +1,6 @@
 """What the hot path needs beyond SQLAlchemy's expressions: many ids in one parameter, many rows in one go, on both databases."""
 
+import functools
 import json
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -17,10 +18,9 @@ from sqlalchemy import (
     text,
 )
 from sqlalchemy.dialects.postgresql import ARRAY
-from sqlalchemy.orm import InstrumentedAttribute
 
 from contentfactory.states import UNWELL, JobState
-from db.models import Base, Job
+from db.tables import Job
 
 COPY_FROM = 8
 """Rows from which on a COPY is worth its two further messages."""
@@ -29,29 +29,33 @@ _ARRAY = ARRAY(String)
 _UNWELL = f"jobs.state IN ({', '.join(repr(str(state)) for state in UNWELL)})"
 
 
-def among(conn: Connection, column: InstrumentedAttribute[Any], values: Iterable[str]) -> ColumnElement[bool]:
+def among(conn: Connection, column: Any, values: Iterable[str]) -> ColumnElement[bool]:
     """Whether a text column is one of the values: one parameter, however many they are, and one statement for every number of them."""
     if conn.dialect.name == "postgresql":
-        return column == any_(literal(list(values), _ARRAY))
-    listed = func.json_each(json.dumps(list(values))).table_valued("value")
-    return column.in_(select(listed.c.value))
+        found: ColumnElement[bool] = column == any_(literal(list(values), _ARRAY))
+    else:
+        listed = func.json_each(json.dumps(list(values))).table_valued("value")
+        found = column.in_(select(listed.c.value))
+    return found
 
 
+@functools.cache
 def has_state(*states: JobState) -> ColumnElement[bool]:
     """Whether a job is in one of the states, written out: only then can a database use an index on jobs of that state."""
     if len(states) > 1:
-        return Job.state.in_([literal_column(f"'{state}'") for state in states])
-    one = Job.state == literal_column(f"'{states[0]}'")
+        several: ColumnElement[bool] = Job.c.state.in_([literal_column(f"'{state}'") for state in states])
+        return several
+    one: ColumnElement[bool] = Job.c.state == literal_column(f"'{states[0]}'")
     # SQLite takes a partial index only where its condition stands in the query word for word.
     return and_(one, text(_UNWELL)) if states[0] in UNWELL else one
 
 
-def insert_rows(conn: Connection, table: type[Base], columns: Sequence[str], rows: Sequence[tuple[Any, ...]]) -> None:
+def insert_rows(conn: Connection, table: Any, columns: Sequence[str], rows: Sequence[tuple[Any, ...]]) -> None:
     """Insert many rows, quickly: COPY on PostgreSQL, one prepared statement on SQLite.
 
     Args:
         conn: Connection in a write transaction.
-        table: Where to.
+        table: Where to; of `db.tables`.
         columns: Names of the columns; all others take the database's default.
         rows: A value for each column; JSON as text.
     """
@@ -60,13 +64,13 @@ def insert_rows(conn: Connection, table: type[Base], columns: Sequence[str], row
     names = ", ".join(columns)
     if conn.dialect.name == "postgresql" and len(rows) >= COPY_FROM:
         cursor: Any = conn.connection.cursor()
-        with cursor, cursor.copy(f"COPY {table.__tablename__} ({names}) FROM STDIN") as copy:
+        with cursor, cursor.copy(f"COPY {table.name} ({names}) FROM STDIN") as copy:
             for row in rows:
                 copy.write_row(row)
         return
     mark = "%s" if conn.dialect.name == "postgresql" else "?"
     values = ", ".join([mark] * len(columns))
-    conn.exec_driver_sql(f"INSERT INTO {table.__tablename__} ({names}) VALUES ({values})", list(rows))  # noqa: S608 - names of our own
+    conn.exec_driver_sql(f"INSERT INTO {table.name} ({names}) VALUES ({values})", list(rows))  # noqa: S608 - names of our own
 
 
 def dumps(value: Any) -> str:

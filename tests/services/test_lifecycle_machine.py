@@ -166,6 +166,8 @@ class Lifecycle(RuleBasedStateMachine):
 
     def ended_badly(self, job: str) -> None:
         for child in self.children(job):
+            if self.jobs[child].state != JobState.BLOCKED:
+                continue  # ended meanwhile, for the sake of another parent further down
             self.move(child, JobState.CANCELLED if self.jobs[job].state == JobState.CANCELLED else JobState.FAILED)
             self.ended_badly(child)
 

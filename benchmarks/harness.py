@@ -211,6 +211,9 @@ class Bench:
             self.failed.append(name)
             case.notes.append(f"failed: {type(error).__name__}: {error}")
             self.say(traceback.format_exc())
+        except BaseException:
+            case.notes.append("interrupted: not all rounds were measured")
+            raise
         finally:
             case.seconds = time.monotonic() - begun
             self.cases.append(case)

@@ -317,6 +317,7 @@ def dispatch(conn: Connection, queue: str, *, cap_s: float, max_jobs: int = 4096
     candidates = _candidates(conn, queue, at, window)
     if not candidates:
         return []
+    spread = _spread(conn, queue, candidates, workers)
     bounds = limits.caps(conn, queue, {key for rows in candidates.values() for key in rows.share_keys}, at, worker_seen_s)
     known = conn.execute(
         select(Project.c.id, Project.c.weight, Share.c.virtual_seconds)
@@ -338,7 +339,7 @@ def dispatch(conn: Connection, queue: str, *, cap_s: float, max_jobs: int = 4096
         place, company = prefer.pick(project, rows)
         head = rows[place]
         spec = get_kind(head.kind)
-        limit = min(spec.max_group, bounds.get(head.share_key, spec.max_group), company or spec.max_group)
+        limit = min(spec.max_group, bounds.get(head.share_key, spec.max_group), company or spec.max_group, spread.get(head.share_key, spec.max_group))
         group = candidates[project].take(head, limit)
         alone_too_early = (
             len(group) < limit and spec.wait_s > 0 and not idle and head.priority < Priority.INTERACTIVE
@@ -395,6 +396,25 @@ _LOOK = select(
 """All that a dispatcher must know of a queue, in one round trip."""
 
 
+def _spread(conn: Connection, queue: str, candidates: Mapping[str, "_Waiting"], workers: int) -> dict[str, int]:
+    """Most jobs of a micro-batch by ``share_key``, so that the last jobs of a queue keep all of its workers busy and not one of them.
+
+    While every worker can have a full micro-batch there is no such bound.
+    """
+    if workers < 2:
+        return {}
+    alike: Counter[str] = Counter()
+    for rows in candidates.values():
+        alike.update(rows.sizes())
+    seen = sum(alike.values())
+    most = workers * max(get_kind(rows.head.kind).max_group for rows in candidates.values())
+    ahead = select(Job.c.id).where(has_state(JobState.QUEUED), Job.c.queue == queue).limit(most).subquery()
+    waiting = seen if seen >= most else int(conn.execute(select(func.count()).select_from(ahead)).scalar_one())
+    if waiting >= most:
+        return {}
+    return {key: -(-n * max(waiting, seen) // (seen * workers)) for key, n in alike.items()}
+
+
 class _Waiting:
     """Queued rows of one project in their order, taken a micro-batch at a time."""
 
@@ -416,6 +436,10 @@ class _Waiting:
         """The row that is served next; ask whether there is one first."""
         bool(self)
         return self._rows[self._next]
+
+    def sizes(self) -> Counter[str]:
+        """Rows by what they could share."""
+        return Counter({key: len(rows) for (key, _), rows in self._alike.items()})
 
     @property
     def share_keys(self) -> set[str]:

@@ -54,7 +54,7 @@ STYLE = register(
 TEXT_TO_IMAGE = register(
     CatalogueModel(
         name="text-to-image",
-        version="1",
+        version="2",
         tasks=("image.generate",),
         engine="flow",
         distribution="",

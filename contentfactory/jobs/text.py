@@ -57,7 +57,7 @@ def _generate_seconds(params: Any) -> float:
 
 
 @kind(
-    "text.generate", queue="text", outputs=("text/plain",), max_group=32, wait_s=0.05, time_limit_s=3600, progress_s=120,
+    "text.generate", version=2, queue="text", outputs=("text/plain",), max_group=32, wait_s=0.05, time_limit_s=3600, progress_s=120,
     default_model=LANGUAGE.name, seconds=_generate_seconds,
 )  # fmt: skip
 class TextGenerate(Sampling):
@@ -87,7 +87,7 @@ class ChatMessage(BaseModel):
 
 
 @kind(
-    "text.chat", queue="text", outputs=("text/plain",), max_group=32, wait_s=0.05, time_limit_s=3600, progress_s=120,
+    "text.chat", version=2, queue="text", outputs=("text/plain",), max_group=32, wait_s=0.05, time_limit_s=3600, progress_s=120,
     default_model=LANGUAGE.name, seconds=_generate_seconds,
 )  # fmt: skip
 class TextChat(Sampling):
@@ -101,7 +101,7 @@ def _as_list(value: Any) -> Any:
 
 
 @kind(
-    "text.embed", queue="text", outputs=("application/json", "application/octet-stream"), max_group=128, wait_s=0.05,
+    "text.embed", version=2, queue="text", outputs=("application/json", "application/octet-stream"), max_group=128, wait_s=0.05,
     group_by=("truncate",), time_limit_s=900, progress_s=120, default_model=EMBEDDING.name,
     seconds=lambda p: 0.012 * len(p.input),
 )  # fmt: skip

@@ -377,3 +377,15 @@ def test_stuck_children_are_freed(database, make_jobs):
         conn.execute(update(Job).where(Job.id == child).values(state="blocked", pending=1))
     assert database.run(lifecycle.unblock_stuck) == 1
     assert state_of(database, child) == "queued"
+
+
+def test_the_last_jobs_of_a_queue_keep_every_worker_busy(database, make_jobs):
+    """Two workers and ten jobs that could go together: five each. With a backlog, full micro-batches."""
+    for name in ("w1", "w2"):
+        database.run(lambda conn, name=name: lifecycle.report_worker(conn, name, ["text"], "cpu", 0, []))
+    make_jobs(10)
+    hints = database.run(lambda conn: lifecycle.dispatch(conn, "text", cap_s=1e6))
+    assert [len(hint.ids) for hint in hints] == [5, 5]
+    make_jobs(600)
+    hints = database.run(lambda conn: lifecycle.dispatch(conn, "text", cap_s=1e6))
+    assert len(hints[0].ids) == 256

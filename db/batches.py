@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sqlalchemy import Connection, RowMapping, func, insert, select, update
+from sqlalchemy import Connection, RowMapping, bindparam, func, insert, select, update
 
 from contentfactory.states import ACTIVE, TERMINAL, BatchState, JobState
 from db import lifecycle
@@ -59,10 +59,12 @@ def list_page(conn: Connection, project_id: str, *, after: str | None = None, li
     return conn.execute(query).mappings().all()
 
 
+_IN_STATE = select(Batch.id).where(Batch.finished_at.is_(None), Batch.state == bindparam("state")).order_by(Batch.id)
+
+
 def ids_in(conn: Connection, state: BatchState) -> list[str]:
     """Ids of unfinished batches in a state, oldest first."""
-    query = select(Batch.id).where(Batch.finished_at.is_(None), Batch.state == state).order_by(Batch.id)
-    return list(conn.execute(query).scalars())
+    return list(conn.execute(_IN_STATE, {"state": state}).scalars())
 
 
 def advance(conn: Connection, batch_id: str, old: int, new: int, jobs: int) -> BatchState | None:

@@ -9,6 +9,7 @@ import random
 from collections import Counter, defaultdict, deque
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import islice
 from typing import Any
 
@@ -34,7 +35,7 @@ from contentfactory.ids import new_id
 from contentfactory.jobs.spec import RetryPolicy, get_kind
 from contentfactory.states import TERMINAL, BatchState, JobState, Priority
 from db import limits, warm
-from db.session import insert_for, now
+from db.session import insert_for, now, upsert
 from db.sql import among, dumps, has_state, insert_rows
 from db.tables import (
     Artifact,
@@ -165,9 +166,12 @@ def _chunks(items: Sequence[Any], size: int = CHUNK) -> Iterable[Sequence[Any]]:
         yield items[start : start + size]
 
 
+_CLOCK = select(now())
+
+
 def database_time(conn: Connection) -> float:
     """The database's clock, unix seconds."""
-    return float(conn.execute(select(now())).scalar_one())
+    return float(conn.execute(_CLOCK).scalar_one())
 
 
 # --- accept ---------------------------------------------------------------------------------------------------------
@@ -271,10 +275,15 @@ def queues_with_work(conn: Connection) -> list[str]:
     return _skip_scan(conn, "SELECT min(queue) FROM jobs WHERE state = 'queued' AND queue > :after", {})
 
 
+_text = cache(text)
+"""Statements in words, taken apart once."""
+
+
 def _skip_scan(conn: Connection, sql: str, params: dict[str, Any]) -> list[str]:
     found: list[str] = []
     after = ""
-    while (value := conn.execute(text(sql), {**params, "after": after}).scalar()) is not None:
+    statement = _text(sql)
+    while (value := conn.execute(statement, {**params, "after": after}).scalar()) is not None:
         found.append(value)
         after = value
     return found
@@ -479,8 +488,7 @@ def _candidates(conn: Connection, queue: str, at: float, window: int) -> dict[st
     projects = _skip_scan(conn, sql, {"queue": queue})
     if not projects:
         return {}
-    paused = set(conn.execute(select(Project.c.id).where(Project.c.paused)).scalars())
-    held = select(Batch.c.id).where(Batch.c.finished_at.is_(None), or_(Batch.c.paused, Batch.c.state == BatchState.CANCELLING))
+    paused = set(conn.execute(_PAUSED_PROJECTS).scalars())
     per_project = max(32, min(window, 8192 // len(projects)))
     found: dict[str, _Waiting] = {}
     for project in projects:
@@ -489,7 +497,7 @@ def _candidates(conn: Connection, queue: str, at: float, window: int) -> dict[st
         query = (
             select(Job.c.id, Job.c.kind, Job.c.priority, Job.c.share_key, Job.c.seconds, Job.c.group_limit, Job.c.created_at, Job.c.run_after, Job.c.model)
             .where(has_state(JobState.QUEUED), Job.c.queue == queue, Job.c.project_id == project, Job.c.run_after <= at)
-            .where(or_(Job.c.batch_id.is_(None), Job.c.batch_id.not_in(held)))
+            .where(or_(Job.c.batch_id.is_(None), Job.c.batch_id.not_in(_HELD_BATCHES)))
             .order_by(Job.c.band, Job.c.rank, Job.c.id)
             .limit(per_project)
         )
@@ -563,12 +571,16 @@ def claim(conn: Connection, ids: Sequence[str], worker: str, lease_s: float) -> 
     return [claimed[i] for i in ids if i in claimed]
 
 
+_HELD_BATCHES = select(Batch.c.id).where(Batch.c.finished_at.is_(None), or_(Batch.c.paused, Batch.c.state == BatchState.CANCELLING))
+_PAUSED_PROJECTS = select(Project.c.id).where(Project.c.paused)
+
+
+@cache
 def _held() -> ColumnElement[bool]:
     """Whether a job's batch, project or queue is paused or being cancelled."""
-    batches = select(Batch.c.id).where(Batch.c.finished_at.is_(None), or_(Batch.c.paused, Batch.c.state == BatchState.CANCELLING))
     return or_(
-        and_(Job.c.batch_id.is_not(None), Job.c.batch_id.in_(batches)),
-        Job.c.project_id.in_(select(Project.c.id).where(Project.c.paused)),
+        and_(Job.c.batch_id.is_not(None), Job.c.batch_id.in_(_HELD_BATCHES)),
+        Job.c.project_id.in_(_PAUSED_PROJECTS),
         Job.c.queue.in_(select(Queue.c.name).where(Queue.c.paused)),
     )
 
@@ -630,9 +642,15 @@ def heartbeat(conn: Connection, held: Mapping[tuple[str, int], tuple[float | Non
 
 def report_worker(conn: Connection, worker: str, queues: Sequence[str], device: str, running: int, models: Sequence[str]) -> None:
     """Note that a worker's child is alive, what it serves and which models it holds."""
-    values = {"queues": list(queues), "device": device, "running": running, "models": list(models)}
-    statement = insert_for(conn, Worker).values(id=worker, started_at=now(), seen_at=now(), **values)
-    conn.execute(statement.on_conflict_do_update(index_elements=[Worker.c.id], set_={"seen_at": now(), **values}))
+    values = {"id": worker, "queues": list(queues), "device": device, "running": running, "models": list(models)}
+    conn.execute(_reported(conn.dialect.name), values)
+
+
+@cache
+def _reported(dialect: str) -> Any:
+    statement = upsert(dialect, Worker).values(started_at=now(), seen_at=now())
+    names = ("seen_at", "queues", "device", "running", "models")
+    return statement.on_conflict_do_update(index_elements=[Worker.c.id], set_={name: statement.excluded[name] for name in names})
 
 
 def forget_worker(conn: Connection, worker: str) -> None:
@@ -1056,8 +1074,13 @@ def unblock_stuck(conn: Connection, limit: int = 1000) -> int:
 
 
 def _set_mark(conn: Connection, name: str, value: float) -> None:
-    statement = insert_for(conn, Mark).values(name=name, value=value)
-    conn.execute(statement.on_conflict_do_update(index_elements=[Mark.c.name], set_={"value": value}))
+    conn.execute(_marked(conn.dialect.name), {"name": name, "value": value})
+
+
+@cache
+def _marked(dialect: str) -> Any:
+    statement = upsert(dialect, Mark)
+    return statement.on_conflict_do_update(index_elements=[Mark.c.name], set_={"value": statement.excluded.value})
 
 
 # --- batches --------------------------------------------------------------------------------------------------------

@@ -39,9 +39,14 @@ def _now_postgresql(element: Any, compiler: Any, **kw: Any) -> str:
     return "extract(epoch from clock_timestamp())::double precision"
 
 
-def insert_for(conn: Connection, table: type[Any]) -> Any:
+def insert_for(conn: Connection, table: Any) -> Any:
     """The dialect's INSERT, which knows ON CONFLICT."""
-    return (postgresql if conn.dialect.name == "postgresql" else sqlite).insert(table)
+    return upsert(conn.dialect.name, table)
+
+
+def upsert(dialect: str, table: Any) -> Any:
+    """As `insert_for`, by the dialect's name: for statements that are built once."""
+    return (postgresql if dialect == "postgresql" else sqlite).insert(table)
 
 
 class Database:
@@ -202,4 +207,4 @@ def _sqlite_begin(connection: Connection) -> None:
     connection.exec_driver_sql(f"BEGIN {mode}")
 
 
-__all__ = ["Database", "insert_for", "now"]
+__all__ = ["Database", "insert_for", "now", "upsert"]

@@ -2,6 +2,7 @@
 
 import ctypes
 import errno
+import functools
 import gc
 import sys
 import time
@@ -96,7 +97,9 @@ def device_name(wanted: str) -> str:
     return f"cpu {_memory_gb():.0f} GB"
 
 
+@functools.cache
 def _memory_gb() -> float:
+    # Once: it is asked for with each micro-batch, also by a process that has no handle left to open /proc with.
     import psutil
 
     total = float(psutil.virtual_memory().total)

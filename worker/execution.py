@@ -568,7 +568,6 @@ class Executor:
             self._flying.difference_update(i for i, _ in keys)
             self._slots.release()
             self._clear(scratch)
-            memory.give_back()
         try:
             self.dispatcher.dispatch(top_up=True)
         except ServiceUnavailable:

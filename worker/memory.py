@@ -5,7 +5,6 @@ import errno
 import functools
 import gc
 import sys
-import time
 import traceback
 from typing import Any
 
@@ -14,9 +13,6 @@ _WORDS = (
     "cublas_status_alloc_failed", "cudnn_status_alloc_failed", "not enough memory",
 )  # fmt: skip
 """What torch, onnxruntime, CTranslate2 and the CUDA libraries say in plain `RuntimeError`."""
-
-TRIM_PERIOD_S = 20.0
-_trimmed_at = 0.0
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:
@@ -64,19 +60,6 @@ def trim() -> None:
         ctypes.CDLL(None).malloc_trim(0)
     except (AttributeError, OSError, TypeError):
         pass  # another libc
-
-
-def give_back() -> None:
-    """`trim`, at most every `TRIM_PERIOD_S`: for the ordinary course of things.
-
-    Pictures and samples are freed by other threads and in another order than they were made, which leaves holes of whole megabytes in
-    glibc's heap: a worker that had set 3,200 cards held 275 MB, of which 177 MB were in use.
-    """
-    global _trimmed_at
-    at = time.monotonic()
-    if at - _trimmed_at >= TRIM_PERIOD_S:
-        _trimmed_at = at
-        trim()
 
 
 def device_name(wanted: str) -> str:

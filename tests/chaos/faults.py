@@ -741,7 +741,7 @@ def _clips() -> tuple[bytes, dict[str, Maker]]:
     from PIL import Image
 
     out = io.BytesIO()
-    first, *rest = [Image.new("P", (32, 32), n) for n in range(5)]
+    first, *rest = [Image.new("RGB", (32, 32), (50 * n, 9, 200 - 20 * n)) for n in range(5)]
     first.save(out, "GIF", save_all=True, append_images=rest)
     good = out.getvalue()
     return good, {

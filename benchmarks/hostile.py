@@ -55,8 +55,8 @@ def cases() -> Any:
     return module
 
 
-def files(hostile: Any, folder: Path) -> list[str]:
-    """Lines of the table of files."""
+def files(hostile: Any, folder: Path, only: str = "") -> list[str]:
+    """Lines of the table of files; ``only`` takes those in whose name it stands."""
     from worker import confined
 
     path = folder / "input"
@@ -64,6 +64,8 @@ def files(hostile: Any, folder: Path) -> list[str]:
     for modality, (found, family, work) in hostile.WORK.items():
         lines += ["", f"### {NAMES[modality]}", "", "| file | kB | outcome | warm ms | decoder MB | worker +MB | cold ms | decoder MB |", "|---|---:|---|---:|---:|---:|---:|---:|"]
         for name, (make, _) in found.items():
+            if only not in name:
+                continue
             path.write_bytes(make())
             figures: dict[str, tuple[float, float]] = {}
             answer, grew = "", 0.0
@@ -146,9 +148,10 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=None, help="file to write the table to as well")
+    parser.add_argument("--only", default="", help="files with this in their name")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        lines = [*files(cases(), Path(folder)), *addresses(Path(folder))]
+        lines = [*files(cases(), Path(folder), args.only), *addresses(Path(folder))]
     text = "\n".join(lines) + "\n"
     print(text)
     if args.out:

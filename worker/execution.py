@@ -136,6 +136,7 @@ class Executor:
         queues = [q for q in os.environ.get("FACTORY_WORKER_QUEUES", "").split(",") if q]
         self._device: str | None = settings.device if settings.device != "auto" else None
         self.cache = ModelCache(limit_mb=float(os.environ.get("FACTORY_WORKER_CACHE_MB", settings.model_cache_mb)))
+        memory.device_name("cpu")  # looked up while there is a handle to do it with
         self.meter = GroupMeter(self.database, lambda: memory.device_name(self._device or "auto"))
         self.keeper = Keeper(settings, self.worker, queues, settings.device) if keeper else None
         self.warmup = WarmUp(self.database, self.cache, self._model, lambda: self.device, self.keeper)
@@ -567,7 +568,6 @@ class Executor:
             self._flying.difference_update(i for i, _ in keys)
             self._slots.release()
             self._clear(scratch)
-            memory.give_back()
         try:
             self.dispatcher.dispatch(top_up=True)
         except ServiceUnavailable:

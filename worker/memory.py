@@ -2,9 +2,9 @@
 
 import ctypes
 import errno
+import functools
 import gc
 import sys
-import time
 import traceback
 from typing import Any
 
@@ -13,9 +13,6 @@ _WORDS = (
     "cublas_status_alloc_failed", "cudnn_status_alloc_failed", "not enough memory",
 )  # fmt: skip
 """What torch, onnxruntime, CTranslate2 and the CUDA libraries say in plain `RuntimeError`."""
-
-TRIM_PERIOD_S = 20.0
-_trimmed_at = 0.0
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:
@@ -65,19 +62,6 @@ def trim() -> None:
         pass  # another libc
 
 
-def give_back() -> None:
-    """`trim`, at most every `TRIM_PERIOD_S`: for the ordinary course of things.
-
-    Pictures and samples are freed by other threads and in another order than they were made, which leaves holes of whole megabytes in
-    glibc's heap: a worker that had set 3,200 cards held 275 MB, of which 177 MB were in use.
-    """
-    global _trimmed_at
-    at = time.monotonic()
-    if at - _trimmed_at >= TRIM_PERIOD_S:
-        _trimmed_at = at
-        trim()
-
-
 def device_name(wanted: str) -> str:
     """Make and memory of a device, as limits are remembered by; never imports torch.
 
@@ -96,7 +80,9 @@ def device_name(wanted: str) -> str:
     return f"cpu {_memory_gb():.0f} GB"
 
 
+@functools.cache
 def _memory_gb() -> float:
+    # Once: it is asked for with each micro-batch, also by a process that has no handle left to open /proc with.
     import psutil
 
     total = float(psutil.virtual_memory().total)

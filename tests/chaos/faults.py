@@ -92,7 +92,9 @@ def victims(scene: Scene) -> dict[str, list[float]]:
     """Times at which each worker's child was struck, by its process number."""
     out: dict[str, list[float]] = defaultdict(list)
     for line in scene.history.lines("inject"):
-        for pid in line.get("victims", []) or ([line["pid"]] if "pid" in line else []):
+        # A process says itself when it kills or hangs itself; whatever else it does must not cost it its lease.
+        own = [line["pid"]] if line.get("fault") in ("kill", "poison", "hang") else []
+        for pid in line.get("victims", []) or own:
             out[str(pid)].append(line["at"])
     return out
 
@@ -739,7 +741,7 @@ def _clips() -> tuple[bytes, dict[str, Maker]]:
     from PIL import Image
 
     out = io.BytesIO()
-    first, *rest = [Image.new("P", (32, 32), n) for n in range(5)]
+    first, *rest = [Image.new("RGB", (32, 32), (50 * n, 9, 200 - 20 * n)) for n in range(5)]
     first.save(out, "GIF", save_all=True, append_images=rest)
     good = out.getvalue()
     return good, {

@@ -96,7 +96,8 @@ def exif_bomb() -> bytes:
 
 
 def animation(kind_: str, frames: int) -> bytes:
-    first, *rest = [Image.new("P", (16, 16), n % 7) for n in range(frames)]
+    # Each of another colour: writers merge frames that are equal.
+    first, *rest = [Image.new("RGB", (16, 16), (n % 251, n % 241, n % 239)) for n in range(frames)]
     out = io.BytesIO()
     first.save(out, kind_, save_all=True, append_images=rest)
     return out.getvalue()

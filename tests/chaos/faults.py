@@ -93,7 +93,7 @@ def victims(scene: Scene) -> dict[str, list[float]]:
     out: dict[str, list[float]] = defaultdict(list)
     for line in scene.history.lines("inject"):
         # A process says itself when it kills or hangs itself; whatever else it does must not cost it its lease.
-        own = [line["pid"]] if line.get("fault") in ("kill", "poison", "hang") else []
+        own = [line["pid"]] if "pid" in line and line.get("fault") in ("kill", "poison", "hang") else []
         for pid in line.get("victims", []) or own:
             out[str(pid)].append(line["at"])
     return out

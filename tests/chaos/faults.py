@@ -93,7 +93,7 @@ def victims(scene: Scene) -> dict[str, list[float]]:
     out: dict[str, list[float]] = defaultdict(list)
     for line in scene.history.lines("inject"):
         # A process says itself when it kills or hangs itself; whatever else it does must not cost it its lease.
-        own = [line["pid"]] if line.get("fault") in ("kill", "poison", "hang") else []
+        own = [line["pid"]] if "pid" in line and line.get("fault") in ("kill", "poison", "hang") else []
         for pid in line.get("victims", []) or own:
             out[str(pid)].append(line["at"])
     return out
@@ -103,6 +103,7 @@ def judge(scene: Scene, report: Report, timeout: float, *, expect: dict[str, str
     """Wait for quiet and check every invariant that can be read off the ledger, the audit and the store."""
     if not scene.quiet(timeout):
         report.violations.append(f"I1: not quiet after {timeout:.0f} s: {scene.states()}")
+    scene.database.engine.dispose()  # connections of before a restart
     data = checker.ledger(scene.database)
     report.jobs = len(data["jobs"])
     report.violations += checker.check_ledger(data, scene.accepted, expect=expect)

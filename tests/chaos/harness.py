@@ -41,6 +41,7 @@ from psycopg import sql  # noqa: E402
 from sqlalchemy import text  # noqa: E402
 from sqlalchemy.engine import make_url  # noqa: E402
 
+from contentfactory.errors import ServiceUnavailable  # noqa: E402
 from contentfactory.jobs.spec import load_kinds  # noqa: E402
 from contentfactory.process import tied  # noqa: E402
 from contentfactory.settings import Settings, load_settings  # noqa: E402
@@ -504,13 +505,16 @@ class Scene:
 
 
 def wait(check: Callable[[], bool], timeout: float, what: str, step: float = 0.2) -> None:
-    """Poll until true.
+    """Poll until true; a database that is away or has come back a moment ago is asked again.
 
     Raises:
         TimeoutError: If it does not become true.
     """
     end = time.monotonic() + timeout
-    while not check():
+    while True:
+        with contextlib.suppress(ServiceUnavailable):
+            if check():
+                return
         if time.monotonic() > end:
             raise TimeoutError(f"waited {timeout:.0f} s for {what}")
         time.sleep(step)

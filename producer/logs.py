@@ -2,10 +2,25 @@
 
 import logging
 import sys
+from typing import TextIO, cast
 
 import structlog
 
 from contentfactory.settings import Settings
+
+
+class StandardError:
+    """Standard error as it is at the moment of writing: whoever replaces and closes it must not close the logs."""
+
+    @staticmethod
+    def write(text: str) -> int:
+        """Write."""
+        return sys.stderr.write(text)
+
+    @staticmethod
+    def flush() -> None:
+        """Flush."""
+        sys.stderr.flush()
 
 
 def configure_logs(settings: Settings) -> None:
@@ -27,7 +42,7 @@ def configure_logs(settings: Settings) -> None:
             renderer,
         ],
         wrapper_class=structlog.make_filtering_bound_logger(level),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        logger_factory=structlog.PrintLoggerFactory(cast(TextIO, StandardError())),
         cache_logger_on_first_use=True,
     )
     logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s %(message)s", stream=sys.stderr)

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TextIO, cast
 
 import typer
 
@@ -141,9 +141,11 @@ def _quiet(settings: "Settings") -> None:
 
     import structlog
 
+    from producer.logs import StandardError
+
     level = logging.DEBUG if settings.log_level == "debug" else logging.ERROR
     structlog.configure(
-        wrapper_class=structlog.make_filtering_bound_logger(level), logger_factory=structlog.PrintLoggerFactory(sys.stderr)
+        wrapper_class=structlog.make_filtering_bound_logger(level), logger_factory=structlog.PrintLoggerFactory(cast(TextIO, StandardError()))
     )
 
 

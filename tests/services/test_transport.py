@@ -477,6 +477,7 @@ def test_a_broker_that_dies_with_all_its_data_is_consumed_again(rig):
 
 def test_a_worker_without_a_broker_obeys_a_signal(rig):
     assert rig.worker.poll() is None
+    before = rig.log.read_text(errors="replace").count("Connection to broker lost")
     rig.service.stop()
     time.sleep(3)  # longer than a heartbeat's pause
     started = time.monotonic()
@@ -484,5 +485,5 @@ def test_a_worker_without_a_broker_obeys_a_signal(rig):
     assert rig.worker.wait(20) == 0
     assert time.monotonic() - started < 15
     log = rig.log.read_text(errors="replace")
-    assert log.count("Connection to broker lost") == 2  # the two times that it was killed
+    assert log.count("Connection to broker lost") == before + 1
     assert "Traceback" not in log

@@ -224,8 +224,10 @@ def hold(settings: Settings, services: dict[str, list[str]], *, launcher: tuple[
     log = settings.state_dir.with_name("holder.log")
     with open(log, "w") as stderr:
         process = subprocess.Popen(
-            [*launcher, sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=stderr, text=True, start_new_session=True
-        )
+            [*launcher, sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=stderr, text=True, start_new_session=True,
+            # The tests themselves may run under nohup.
+            preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
+        )  # fmt: skip
     assert process.stdout is not None
     line = process.stdout.readline()
     if line != "ready\n":

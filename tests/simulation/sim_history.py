@@ -662,7 +662,8 @@ class Checker:
             return
         kept = {artifact["object_key"] for artifact in self.artifacts}
         for item in self.stage.objects.list("projects/"):
-            if item.key not in kept:
+            # A worker that slept through everything puts its object when it wakes: that one is the next sweep's.
+            if item.key not in kept and item.modified_at < self.stage.now - self.history.settings.sweep_window_s - 60:
                 self.fail("I18", f"object {item.key} is left although nothing refers to it")
 
     # I16

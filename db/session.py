@@ -86,6 +86,7 @@ class Database:
                     "application_name": "contentfactory",
                 },
             )  # fmt: skip
+            event.listen(self.engine, "connect", _plan_for_large_tables)
             event.listen(self.engine, "checkin", _note_use)
             event.listen(self.engine, "checkout", _ping_if_idle)
         else:
@@ -168,6 +169,14 @@ def _mapped() -> Iterator[None]:
         if error.connection_invalidated:
             raise ServiceUnavailable("the connection to the database was lost", code="database_unavailable") from error
         raise
+
+
+def _plan_for_large_tables(connection: Any, record: Any) -> None:
+    # A statement for a micro-batch is planned while its table is small, reads all of it, and keeps that plan while the table grows to
+    # millions. Where there is no index a table is read as a whole all the same; the price that this puts on it must not start the JIT.
+    connection.execute("SET enable_seqscan = off")
+    connection.execute("SET jit = off")
+    connection.commit()
 
 
 IDLE_S = 1.0

@@ -121,13 +121,18 @@ def referenced(conn: Connection, keys: Sequence[str]) -> set[str]:
     return found
 
 
-def doom(conn: Connection, keys: Sequence[str]) -> None:
-    """Mark objects as about to be deleted, once every transaction that may be writing rows for them has ended."""
+def doom(conn: Connection, keys: Sequence[str]) -> list[str]:
+    """Mark objects as about to be deleted, once every transaction that may be writing rows for them has ended.
+
+    Returns:
+        Those that this call marked. The others bear somebody else's mark: they are that one's to delete, and whoever took that mark
+        away would let rows point at what is about to go.
+    """
     if not keys:
-        return
+        return []
     hold(conn)
     statement = insert_for(conn, DoomedObject).values([{"object_key": key, "at": now()} for key in keys])
-    conn.execute(statement.on_conflict_do_update(index_elements=[DoomedObject.object_key], set_={"at": now()}))
+    return list(conn.execute(statement.on_conflict_do_nothing().returning(DoomedObject.object_key)).scalars())
 
 
 def hold(conn: Connection) -> None:

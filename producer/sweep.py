@@ -96,7 +96,8 @@ def _objects(settings: Settings, database: Database, store: ObjectStore, out: Sw
 
 def _delete(settings: Settings, database: Database, store: ObjectStore, orphans: list[str], sizes: dict[str, int], out: Swept) -> None:
     """Mark, look again, delete: nobody can begin to point at an object between the look and the deletion, nor at a deleted one."""
-    database.run(partial(retention.doom, keys=orphans))
+    # Another sweep may be at the same objects: each touches only what it marked itself.
+    orphans = database.run(partial(retention.doom, keys=orphans))
     gone: list[str] = []
     try:
         with database.read() as conn:

@@ -443,8 +443,7 @@ class Executor:
         def work(conn: Any) -> list[str]:
             retention.hold(conn)
             orphans = lifecycle.drop_published(conn, claimed.id, claimed.attempt, names)
-            retention.doom(conn, orphans)
-            return orphans
+            return retention.doom(conn, orphans)
 
         orphans = self.database.run(work)
         if not orphans:

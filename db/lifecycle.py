@@ -541,8 +541,15 @@ _CLAIMED = (
 """Columns of `Claimed`, in its order."""
 
 
-def claim(conn: Connection, ids: Sequence[str], worker: str, lease_s: float) -> list[Claimed]:
+def claim(conn: Connection, ids: Sequence[str], worker: str, lease_s: float, kind: str | None = None) -> list[Claimed]:
     """Take jobs for this worker. Whatever is not due, not waiting, cancelled or paused is left out: drop its hint.
+
+    Args:
+        conn: Connection in a write transaction.
+        ids: Jobs that a hint names.
+        worker: Who takes them.
+        lease_s: Length of the lease, seconds.
+        kind: Only jobs of this kind: a forged hint may name others, which would wait here for their turn while their lease runs.
 
     Returns:
         The claimed jobs in the order of ``ids``.
@@ -552,12 +559,10 @@ def claim(conn: Connection, ids: Sequence[str], worker: str, lease_s: float) -> 
         "state": JobState.RUNNING, "attempt": Job.c.attempt + 1, "lease_owner": worker, "lease_until": now() + lease_s, "started_at": now(),
         "progress": None, "message": None, "group_size": len(ids),
     }  # fmt: skip
-    statement = (
-        update(Job)
-        .where(among(conn, Job.c.id, ids), has_state(JobState.QUEUED, JobState.DISPATCHED), ~Job.c.cancel_requested, Job.c.run_after <= now(), ~_held())
-        .values(values)
-        .returning(*_CLAIMED)
-    )
+    wanted = [among(conn, Job.c.id, ids), has_state(JobState.QUEUED, JobState.DISPATCHED), ~Job.c.cancel_requested, Job.c.run_after <= now()]
+    if kind is not None:
+        wanted.append(Job.c.kind == kind)
+    statement = update(Job).where(*wanted, ~_held()).values(values).returning(*_CLAIMED)
     claimed = {row.id: Claimed(*row) for row in conn.execute(statement)}
     if len(claimed) < len(ids):
         # A hint of a paused job is used up: the row waits in SQL again.

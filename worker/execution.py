@@ -174,7 +174,7 @@ class Executor:
             # The answer to a commit may be lost: what an earlier try took is ours, though nobody told us.
             taken = lifecycle.claimed_by(conn, [i for i in ids if i not in self._flying], self.worker) if tried else []
             tried = True
-            return taken + lifecycle.claim(conn, ids, self.worker, self.settings.lease_s)
+            return taken + lifecycle.claim(conn, ids, self.worker, self.settings.lease_s, kind)
 
         try:
             claimed = self.database.run(work)
@@ -182,16 +182,11 @@ class Executor:
             # Nothing was claimed, or it will expire: the hint may go.
             log.warning("claim_failed", action="claim", kind=kind, jobs=len(ids), error=error.message)
             return
-        claimed = [c for c in claimed if c.kind == kind] + [c for c in claimed if c.kind != kind]
         self._flying.update(c.id for c in claimed)
-        by_kind: dict[str, list[Claimed]] = {}
-        for one in claimed:
-            by_kind.setdefault(one.kind, []).append(one)
         if not claimed:
             log.debug("nothing_to_claim", action="claim", kind=kind, jobs=len(ids))
             return
-        for name, members in by_kind.items():  # a forged hint may mix kinds: each still gets its own runner
-            self._run_group(get_kind(name), [_Member(c) for c in members])
+        self._run_group(get_kind(kind), [_Member(c) for c in claimed])
         failpoints.reached(failpoints.BEFORE_ACK)
 
     def _run_group(self, spec: KindSpec, members: list[_Member]) -> None:

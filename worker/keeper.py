@@ -275,10 +275,7 @@ class _Keeper:
             self.told |= lost | cancelled
             sys.stdout.write(json.dumps({"lost": sorted(lost), "cancelled": sorted(cancelled)}) + "\n")
             sys.stdout.flush()
-        for key in answer.lost:
-            # Renewing what is not ours any more would only be refused again.
-            if key in self.held:
-                self.held[key].watched = False
+        # What is lost is watched on: its runner may hang, and then nobody else would ever free this worker.
 
     def watch(self) -> None:
         """Kill the child if a runner went silent, or ran longer than its kind allows."""

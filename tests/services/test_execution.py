@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import threading
+import time
 
 import pytest
 from pydantic import Field
@@ -213,7 +214,8 @@ def test_forged_and_doubled_hints_change_nothing(database, executor, act, make_j
     act.again(done, done, "job_" + "0" * 32)
     [echo] = make_jobs(1, params={"text": "a job of another kind"})
     act.again(echo)
-    assert states(database, [done, echo]) == ["succeeded", "succeeded"]
+    # It waits for its own hint: in this one it might wait behind others while its lease runs.
+    assert states(database, [done, echo]) == ["succeeded", "queued"]
     assert seen == [["one"]]
 
 
@@ -380,3 +382,26 @@ def test_the_end_of_a_process_is_laid_to_the_job_that_computed(database, executo
 )
 def test_faults_of_the_machine_are_transient(error):
     assert classify(error).error_class == "transient"
+
+
+def test_a_hint_takes_only_jobs_of_its_kind(database, executor, make_jobs):
+    # Found by simulation: jobs of another kind in a forged hint waited for their turn while their lease ran out.
+    own, other = make_jobs(1, kind="trial.act", params={"text": "own"}) + make_jobs(1)
+    executor.run("trial.act", [own, other])
+    executor.finishers.submit(lambda: None).result()
+    with database.read() as conn:
+        assert dict(conn.execute(select(Job.id, Job.state)).all()) == {own: "succeeded", other: "queued"}
+
+
+def test_a_runner_that_hangs_after_its_lease_was_lost_is_ended(database, executor, make_jobs, monkeypatch):
+    # Found by simulation: nobody watched it any more, and the worker was blocked for ever.
+    killed = []
+    monkeypatch.setattr("worker.keeper.os.kill", lambda pid, signum: killed.append(pid))
+    [job] = make_jobs(1)
+    keeper = _Keeper(executor.settings)
+    keeper.database.close()
+    keeper.database, keeper.child, keeper.worker = database, 4711, "w"
+    keeper.held[(job, 1)] = _Held(0.0, 60, time.monotonic(), time.monotonic() - 1e6, group=frozenset({(job, 1)}))
+    keeper.beat()
+    keeper.watch()
+    assert killed == [4711]

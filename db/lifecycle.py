@@ -98,6 +98,8 @@ class Hint:
     priority: int
     ids: tuple[str, ...]
     dispatched_at: float
+    ahead: bool = False
+    """Whether it goes past the ordinary hints that wait: the first of a project that has none among them."""
 
 
 @dataclass(frozen=True)
@@ -300,7 +302,8 @@ def dispatch(conn: Connection, queue: str, *, cap_s: float, max_jobs: int = 4096
         conn: Connection in a write transaction.
         queue: Queue to serve.
         cap_s: Compute seconds that may be in the broker for each live worker of the queue.
-        max_jobs: Most jobs in one call, and in the broker for each live worker.
+        max_jobs: Most jobs in one call, and in the broker for each live worker; a project that has nothing there may send one
+            micro-batch past both caps.
         window: Rows looked at per project.
         worker_seen_s: How fresh a worker's report must be for it to count.
         top_up: Do nothing while more than half of what may be in flight is.
@@ -319,11 +322,16 @@ def dispatch(conn: Connection, queue: str, *, cap_s: float, max_jobs: int = 4096
     at, workers = float(look.at), max(1, int(look.workers))
     room_s, room_jobs = cap_s * workers - float(look.seconds), 2 * workers - int(look.jobs)
     most = min(max_jobs, max_jobs * workers - int(look.jobs))
-    if (room_s <= 0 and room_jobs <= 0) or most <= 0:
-        return []
-    if top_up and room_jobs <= 0 and (room_s < cap_s * workers / 2 or most < max_jobs * workers / 2):
+    full = (room_s <= 0 and room_jobs <= 0) or most <= 0
+    if top_up and (full or (room_jobs <= 0 and (room_s < cap_s * workers / 2 or most < max_jobs * workers / 2))):
         return []
     candidates = _candidates(conn, queue, at, window)
+    # Of these nothing is in flight, and their hints would stand behind seconds of other projects' work: each sends one past that.
+    strangers = _strangers(conn, queue, candidates) if look.jobs else set()
+    if full:
+        bound = STRANGERS if look.jobs < 2 * max_jobs * workers else 0
+        strangers = set(sorted(strangers)[:bound])
+        candidates = {project: candidates[project] for project in strangers}
     if not candidates:
         return []
     spread = _spread(conn, queue, candidates, workers)
@@ -337,12 +345,12 @@ def dispatch(conn: Connection, queue: str, *, cap_s: float, max_jobs: int = 4096
     # A project that was idle joins at the level of the least advanced busy one: idleness earns no credit to burst with.
     floor = min((row.virtual_seconds for row in known if row.virtual_seconds is not None), default=0.0)
     virtual = {row.id: max(row.virtual_seconds or 0.0, floor) for row in known}
-    hints: list[tuple[str, int, list[str]]] = []
+    hints: list[tuple[str, int, list[str], bool]] = []
     served: set[str] = set()
     taken = 0
     idle = int(look.jobs) == 0
     prefer = warm.Preference(conn, queue, at, worker_seen_s)
-    while candidates and (room_s > 0 or room_jobs > 0) and taken < most:
+    while candidates and (full or ((room_s > 0 or room_jobs > 0) and taken < most)):
         project = min(candidates, key=lambda p: (-candidates[p].head.priority, virtual.get(p, floor), p))
         rows = candidates[project].front(warm.AHEAD + 1)
         place, company = prefer.pick(project, rows)
@@ -354,7 +362,7 @@ def dispatch(conn: Connection, queue: str, *, cap_s: float, max_jobs: int = 4096
             len(group) < limit and spec.wait_s > 0 and not idle and head.priority < Priority.INTERACTIVE
             and at - max(head.created_at, head.run_after) < spec.wait_s
         )  # fmt: skip
-        if not candidates[project]:
+        if not candidates[project] or (full and not alone_too_early):
             del candidates[project]
         if alone_too_early:
             continue
@@ -366,14 +374,15 @@ def dispatch(conn: Connection, queue: str, *, cap_s: float, max_jobs: int = 4096
         room_s -= cost
         room_jobs -= len(group)
         taken += len(group)
-        hints.append((head.kind, head.priority, [row.id for row in group]))
+        hints.append((head.kind, head.priority, [row.id for row in group], project in strangers))
+        strangers.discard(project)
         idle = False
     if not hints:
         return []
     prefer.save()
     statement = (
         update(Job)
-        .where(among(conn, Job.c.id, [i for _, _, ids in hints for i in ids]), has_state(JobState.QUEUED))
+        .where(among(conn, Job.c.id, [i for _, _, ids, _ in hints for i in ids]), has_state(JobState.QUEUED))
         .values(state=JobState.DISPATCHED, dispatched_at=at)
         .returning(Job.c.id)
     )
@@ -386,10 +395,10 @@ def dispatch(conn: Connection, queue: str, *, cap_s: float, max_jobs: int = 4096
         [{"queue": queue, "project_id": project, "virtual_seconds": virtual[project]} for project in sorted(served)],
     )
     out = []
-    for kind, priority, members in hints:
+    for kind, priority, members, ahead in hints:
         kept = tuple(i for i in members if i in marked)
         if kept:
-            out.append(Hint(kind, queue, priority, kept, at))
+            out.append(Hint(kind, queue, priority, kept, at, ahead))
     return out
 
 
@@ -403,6 +412,13 @@ _LOOK = select(
     .scalar_subquery().label("workers"),
 )  # fmt: skip
 """All that a dispatcher must know of a queue, in one round trip."""
+STRANGERS = 64
+"""Projects that may each have a micro-batch in the broker though it holds all that it should."""
+_IN_FLIGHT = select(Job.c.project_id).distinct().where(Job.c.queue == bindparam("queue"), has_state(JobState.DISPATCHED))
+
+
+def _strangers(conn: Connection, queue: str, projects: Iterable[str]) -> set[str]:
+    return set(projects) - set(conn.execute(_IN_FLIGHT, {"queue": queue}).scalars())
 
 
 def _spread(conn: Connection, queue: str, candidates: Mapping[str, "_Waiting"], workers: int) -> dict[str, int]:

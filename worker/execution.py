@@ -346,7 +346,7 @@ class Executor:
             if problem.error_class == "resource":
                 # The next jobs must find a clean process: no models, no tensors in the frames of the failed pass.
                 self.cache.clear()
-                memory.release(error)
+                memory.release()  # `classify` took the frames from the error
             for index, member in enumerate(members):
                 if member.error is not None:
                     continue

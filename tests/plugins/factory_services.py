@@ -360,6 +360,10 @@ def start_postgres(folder: Path, settings: dict[str, str] | None = None) -> tupl
     return service, f"postgresql+psycopg://{address}"
 
 
+_STARTED: dict[str, Service] = {}
+"""The servers of this process by URL: when one has ended, tests say what it said."""
+
+
 @pytest.fixture(scope="session")
 def postgres_url() -> Iterator[str]:
     """SQLAlchemy URL of a PostgreSQL server: ``TEST_DATABASE_URL``, the machine's own programs, or those of a
@@ -376,6 +380,7 @@ def postgres_url() -> Iterator[str]:
         return service
 
     service, folder = _retried(start, "postgres")
+    _STARTED[urls[-1]] = service
     try:
         yield urls[-1]
     finally:
@@ -393,6 +398,9 @@ def postgres_database(postgres_url: str) -> Iterator[str]:
     url = make_url(postgres_url)
     plain = url.set(drivername="postgresql").render_as_string(hide_password=False)
     name = f"test_{uuid.uuid4().hex}"
+    started = _STARTED.get(postgres_url)
+    if started is not None and started.leash is not None and started.leash.poll() is not None:
+        raise ServiceFailed(f"{started.name} has ended (its leash: {started.leash.returncode}):\n{started.log}")
     with psycopg.connect(plain, autocommit=True) as connection:
         connection.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(name)))
     try:

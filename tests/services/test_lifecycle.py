@@ -119,6 +119,38 @@ def test_projects_share_by_weight(database, project, make_jobs):
     assert abs(owners[project] - owners[other]) <= 1 and sum(owners.values()) >= 40
 
 
+def test_a_project_that_has_nothing_in_the_broker_goes_past_a_full_one(database, project, make_jobs):
+    other = database.run(lambda conn: projects.ensure(conn, "other"))
+    make_jobs(300, seconds=1.0)
+    assert not any(h.ahead for h in dispatch(database, cap_s=60))
+    mine = make_jobs(300, seconds=1.0, share_key="y", project_id=other)
+    assert dispatch(database, cap_s=60, top_up=True) == []  # whoever tops up comes by too often for this look
+    [hint] = dispatch(database, cap_s=60)
+    assert hint.ahead and hint.ids == tuple(mine[:256])
+    assert dispatch(database, cap_s=60) == []  # one micro-batch, then it waits for room as everybody does
+    make_jobs(1, seconds=1.0, share_key="z")
+    assert dispatch(database, cap_s=60) == []
+
+
+def test_only_the_first_micro_batch_of_a_project_goes_ahead(database, project, make_jobs):
+    other = database.run(lambda conn: projects.ensure(conn, "other"))
+    make_jobs(1)
+    dispatch(database)
+    make_jobs(300, share_key="x")
+    make_jobs(300, share_key="y", project_id=other)
+    hints = dispatch(database, window=600)
+    owners = [(row_of(database, h.ids[0])["project_id"], h.ahead) for h in hints]
+    assert sorted(owners) == sorted([(project, False)] * 2 + [(other, True), (other, False)])
+
+
+def test_many_projects_do_not_flood_a_full_broker(database, make_jobs):
+    make_jobs(64, seconds=1.0)
+    dispatch(database, cap_s=30)
+    for n in range(lifecycle.STRANGERS + 2):
+        make_jobs(1, project_id=database.run(lambda conn, n=n: projects.ensure(conn, f"p{n}")))
+    assert len(dispatch(database, cap_s=30)) == lifecycle.STRANGERS
+
+
 def test_a_second_claim_gets_nothing(database, make_jobs):
     [job] = make_jobs()
     assert len(claim(database, [job], "w1")) == 1

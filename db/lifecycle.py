@@ -36,7 +36,7 @@ from contentfactory.jobs.spec import RetryPolicy, get_kind
 from contentfactory.states import TERMINAL, BatchState, JobState, Priority
 from db import limits, warm
 from db.session import insert_for, now, upsert
-from db.sql import among, dumps, has_state, insert_rows
+from db.sql import among, among_given, dumps, has_state, insert_rows, packed, was
 from db.tables import (
     Artifact,
     Attempt,
@@ -63,7 +63,7 @@ MARK_S = 60.0
 """How long who marked an object may take to delete it, seconds: attempts that began later than that need not mind the mark."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class NewJob:
     """A validated job as `insert_jobs` takes it. ``parents`` are ids of jobs that it waits for; ``params`` may be JSON text already."""
 
@@ -102,7 +102,7 @@ class Hint:
     """Whether it goes past the ordinary hints that wait: the first of a project that has none among them."""
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class NewArtifact:
     """An artifact whose object already lies in the store."""
 
@@ -118,7 +118,7 @@ class NewArtifact:
     parents: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Success:
     """Result of one job's attempt."""
 
@@ -131,7 +131,7 @@ class Success:
     phases: Mapping[str, float] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Stop:
     """End of one job's attempt without a result: an error's dictionary, its class in ``type``."""
 
@@ -141,7 +141,7 @@ class Stop:
     phases: Mapping[str, float] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Claimed:
     """A job that this worker now holds; ``attempt`` is its fence."""
 
@@ -239,7 +239,7 @@ def _lock_parents(conn: Connection, ids: set[str]) -> dict[str, str]:
     if not ids:
         return {}
     query = select(Job.c.id, Job.c.state).where(among(conn, Job.c.id, ids)).order_by(Job.c.id).with_for_update(read=True)
-    return {row.id: row.state for row in conn.execute(query)}
+    return {row.id: row.state for row in conn.execute(query).all()}
 
 
 def _insert_new(conn: Connection, table: Any, rows: list[dict[str, Any]]) -> set[str]:
@@ -274,7 +274,7 @@ def add_event(conn: Connection, type_: str, *, project_id: str | None = None, ba
 
 def queues_with_work(conn: Connection) -> list[str]:
     """Queues that have queued jobs, found by skipping along the index."""
-    return _skip_scan(conn, "SELECT min(queue) FROM jobs WHERE state = 'queued' AND queue > :after", {})
+    return _skip_scan(conn, "SELECT queue FROM jobs WHERE state = 'queued' AND queue > :after ORDER BY queue LIMIT 1", {})
 
 
 _text = cache(text)
@@ -314,7 +314,7 @@ def dispatch(conn: Connection, queue: str, *, cap_s: float, max_jobs: int = 4096
     if conn.dialect.name == "postgresql":
         # Dispatchers of one queue take turns; SQLite's write lock does the same.
         lock = "pg_try_advisory_xact_lock" if top_up else "pg_advisory_xact_lock"
-        if conn.execute(text(f"SELECT {lock}(hashtext(:name))"), {"name": f"dispatch:{queue}"}).scalar() is False:
+        if conn.execute(_text(f"SELECT {lock}(hashtext(:name))"), {"name": f"dispatch:{queue}"}).scalar() is False:
             return []
     look = conn.execute(_LOOK, {"queue": queue, "seen_s": worker_seen_s, "serves": f'%"{queue}"%'}).one()
     if look.paused:
@@ -336,11 +336,8 @@ def dispatch(conn: Connection, queue: str, *, cap_s: float, max_jobs: int = 4096
         return []
     spread = _spread(conn, queue, candidates, workers)
     bounds = limits.caps(conn, queue, {key for rows in candidates.values() for key in rows.share_keys}, at, worker_seen_s)
-    known = conn.execute(
-        select(Project.c.id, Project.c.weight, Share.c.virtual_seconds)
-        .outerjoin(Share, and_(Share.c.project_id == Project.c.id, Share.c.queue == queue))
-        .where(among(conn, Project.c.id, candidates))
-    ).all()
+    dialect = conn.dialect.name
+    known = conn.execute(_shares_of(dialect), {"p_queue": queue, "p_projects": packed(dialect, candidates)}).all()
     weights = {row.id: max(row.weight, 1e-6) for row in known}
     # A project that was idle joins at the level of the least advanced busy one: idleness earns no credit to burst with.
     floor = min((row.virtual_seconds for row in known if row.virtual_seconds is not None), default=0.0)
@@ -380,19 +377,10 @@ def dispatch(conn: Connection, queue: str, *, cap_s: float, max_jobs: int = 4096
     if not hints:
         return []
     prefer.save()
-    statement = (
-        update(Job)
-        .where(among(conn, Job.c.id, [i for _, _, ids, _ in hints for i in ids]), has_state(JobState.QUEUED))
-        .values(state=JobState.DISPATCHED, dispatched_at=at)
-        .returning(Job.c.id)
-    )
-    marked = set(conn.execute(statement).scalars())
-    share = insert_for(conn, Share)
+    ids = packed(dialect, (i for _, _, members, _ in hints for i in members))
+    marked = set(conn.execute(_dispatched(dialect), {"p_ids": ids, "p_at": at}).scalars().all())
     conn.execute(
-        share.on_conflict_do_update(
-            index_elements=[Share.c.queue, Share.c.project_id], set_={"virtual_seconds": share.excluded.virtual_seconds}
-        ),
-        [{"queue": queue, "project_id": project, "virtual_seconds": virtual[project]} for project in sorted(served)],
+        _shared(dialect), [{"queue": queue, "project_id": project, "virtual_seconds": virtual[project]} for project in sorted(served)]
     )
     out = []
     for kind, priority, members, ahead in hints:
@@ -402,6 +390,43 @@ def dispatch(conn: Connection, queue: str, *, cap_s: float, max_jobs: int = 4096
     return out
 
 
+@cache
+def _shares_of(dialect: str) -> Any:
+    return (
+        select(Project.c.id, Project.c.weight, Share.c.virtual_seconds)
+        .outerjoin(Share, and_(Share.c.project_id == Project.c.id, Share.c.queue == bindparam("p_queue")))
+        .where(among_given(dialect, Project.c.id, "p_projects"))
+    )
+
+
+@cache
+def _dispatched(dialect: str) -> Any:
+    return (
+        update(Job)
+        .where(among_given(dialect, Job.c.id, "p_ids"), was(JobState.QUEUED))
+        .values(state=JobState.DISPATCHED, dispatched_at=bindparam("p_at"))
+        .returning(Job.c.id)
+    )
+
+
+@cache
+def _shared(dialect: str) -> Any:
+    statement = upsert(dialect, Share)
+    return statement.on_conflict_do_update(
+        index_elements=[Share.c.queue, Share.c.project_id], set_={"virtual_seconds": statement.excluded.virtual_seconds}
+    )
+
+
+_HELD_BATCHES = select(Batch.c.id).where(Batch.c.finished_at.is_(None), or_(Batch.c.paused, Batch.c.state == BatchState.CANCELLING))
+_PAUSED_PROJECTS = select(Project.c.id).where(Project.c.paused)
+_QUEUED = (
+    select(Job.c.id, Job.c.kind, Job.c.priority, Job.c.share_key, Job.c.seconds, Job.c.group_limit, Job.c.created_at, Job.c.run_after, Job.c.model)
+    .where(has_state(JobState.QUEUED), Job.c.queue == bindparam("p_queue"), Job.c.project_id == bindparam("p_project"))
+    .where(Job.c.run_after <= bindparam("p_at"), or_(Job.c.batch_id.is_(None), Job.c.batch_id.not_in(_HELD_BATCHES)))
+    .order_by(Job.c.band, Job.c.rank, Job.c.id)
+    .limit(bindparam("p_most"))
+)
+"""A project's waiting jobs in their order."""
 _LOOK = select(
     now().label("at"),
     select(Queue.c.paused).where(Queue.c.name == bindparam("queue")).scalar_subquery().label("paused"),
@@ -500,7 +525,7 @@ class _Waiting:
 
 
 def _candidates(conn: Connection, queue: str, at: float, window: int) -> dict[str, _Waiting]:
-    sql = "SELECT min(project_id) FROM jobs WHERE state = 'queued' AND queue = :queue AND project_id > :after"
+    sql = "SELECT project_id FROM jobs WHERE state = 'queued' AND queue = :queue AND project_id > :after ORDER BY queue, project_id LIMIT 1"
     projects = _skip_scan(conn, sql, {"queue": queue})
     if not projects:
         return {}
@@ -510,14 +535,7 @@ def _candidates(conn: Connection, queue: str, at: float, window: int) -> dict[st
     for project in projects:
         if project in paused:
             continue
-        query = (
-            select(Job.c.id, Job.c.kind, Job.c.priority, Job.c.share_key, Job.c.seconds, Job.c.group_limit, Job.c.created_at, Job.c.run_after, Job.c.model)
-            .where(has_state(JobState.QUEUED), Job.c.queue == queue, Job.c.project_id == project, Job.c.run_after <= at)
-            .where(or_(Job.c.batch_id.is_(None), Job.c.batch_id.not_in(_HELD_BATCHES)))
-            .order_by(Job.c.band, Job.c.rank, Job.c.id)
-            .limit(per_project)
-        )
-        rows = conn.execute(query).all()
+        rows = conn.execute(_QUEUED, {"p_queue": queue, "p_project": project, "p_at": at, "p_most": per_project}).all()
         if rows:
             found[project] = _Waiting(rows)
     return found
@@ -526,7 +544,7 @@ def _candidates(conn: Connection, queue: str, at: float, window: int) -> dict[st
 def undispatch(conn: Connection, ids: Sequence[str], delay_s: float = 0.0) -> int:
     """Put jobs back whose hint could not be published, or cannot be served for ``delay_s`` seconds."""
     later = {"run_after": now() + delay_s} if delay_s > 0 else {}
-    waiting = update(Job).where(among(conn, Job.c.id, ids), has_state(JobState.DISPATCHED))
+    waiting = update(Job).where(among(conn, Job.c.id, ids), was(JobState.DISPATCHED))
     return conn.execute(waiting.values(state=JobState.QUEUED, dispatched_at=None, **later)).rowcount
 
 
@@ -571,29 +589,37 @@ def claim(conn: Connection, ids: Sequence[str], worker: str, lease_s: float, kin
         The claimed jobs in the order of ``ids``.
     """
     ids = list(dict.fromkeys(ids))
-    values = {
-        "state": JobState.RUNNING, "attempt": Job.c.attempt + 1, "lease_owner": worker, "lease_until": now() + lease_s, "started_at": now(),
-        "progress": None, "message": None, "group_size": len(ids),
-    }  # fmt: skip
-    wanted = [among(conn, Job.c.id, ids), has_state(JobState.QUEUED, JobState.DISPATCHED), ~Job.c.cancel_requested, Job.c.run_after <= now()]
-    if kind is not None:
-        wanted.append(Job.c.kind == kind)
-    statement = update(Job).where(*wanted, ~_held()).values(values).returning(*_CLAIMED)
-    claimed = {row.id: Claimed(*row) for row in conn.execute(statement)}
+    dialect = conn.dialect.name
+    values = {"p_ids": packed(dialect, ids), "p_worker": worker, "p_lease_s": lease_s, "p_n": len(ids), "p_kind": kind}
+    statement = _claim(dialect, kind is not None)
+    claimed = {row[0]: Claimed(*row) for row in conn.execute(statement, values).all()}
     if len(claimed) < len(ids):
         # A hint of a paused job is used up: the row waits in SQL again.
         rest = [i for i in ids if i not in claimed]
-        back = update(Job).where(among(conn, Job.c.id, rest), has_state(JobState.DISPATCHED), _held())
+        back = update(Job).where(among(conn, Job.c.id, rest), was(JobState.DISPATCHED), _held())
         conn.execute(back.values(state=JobState.QUEUED, dispatched_at=None))
         if claimed:
-            conn.execute(update(Job).where(among(conn, Job.c.id, claimed), has_state(JobState.RUNNING)).values(group_size=len(claimed)))
+            conn.execute(update(Job).where(among(conn, Job.c.id, claimed), was(JobState.RUNNING)).values(group_size=len(claimed)))
     rows = [(c.id, c.attempt, worker, len(claimed), c.started_at) for c in claimed.values()]
     insert_rows(conn, Attempt, ("job_id", "attempt", "worker", "group_size", "started_at"), rows)
     return [claimed[i] for i in ids if i in claimed]
 
 
-_HELD_BATCHES = select(Batch.c.id).where(Batch.c.finished_at.is_(None), or_(Batch.c.paused, Batch.c.state == BatchState.CANCELLING))
-_PAUSED_PROJECTS = select(Project.c.id).where(Project.c.paused)
+
+
+@cache
+def _claim(dialect: str, one_kind: bool) -> Any:
+    wanted = [
+        among_given(dialect, Job.c.id, "p_ids"), was(JobState.QUEUED, JobState.DISPATCHED), ~Job.c.cancel_requested, Job.c.run_after <= now(),
+        ~_held(),
+    ]  # fmt: skip
+    if one_kind:
+        wanted.append(Job.c.kind == bindparam("p_kind"))
+    values = {
+        "state": JobState.RUNNING, "attempt": Job.c.attempt + 1, "lease_owner": bindparam("p_worker"), "lease_until": now() + bindparam("p_lease_s"),
+        "started_at": now(), "progress": None, "message": None, "group_size": bindparam("p_n"),
+    }  # fmt: skip
+    return update(Job).where(*wanted).values(values).returning(*_CLAIMED)
 
 
 @cache
@@ -608,8 +634,8 @@ def _held() -> ColumnElement[bool]:
 
 def claimed_by(conn: Connection, ids: Sequence[str], worker: str) -> list[Claimed]:
     """Those of the jobs that this worker holds already: what a claim took whose answer was lost."""
-    query: Any = select(*_CLAIMED).where(among(conn, Job.c.id, ids), has_state(JobState.RUNNING), Job.c.lease_owner == worker)
-    return [Claimed(*row) for row in conn.execute(query.order_by(Job.c.id))]
+    query: Any = select(*_CLAIMED).where(among(conn, Job.c.id, ids), was(JobState.RUNNING), Job.c.lease_owner == worker)
+    return [Claimed(*row) for row in conn.execute(query.order_by(Job.c.id)).all()]
 
 
 def _by_attempt(keys: Iterable[tuple[str, int]]) -> dict[int, list[str]]:
@@ -637,28 +663,38 @@ def heartbeat(conn: Connection, held: Mapping[tuple[str, int], tuple[float | Non
         lease_s: New length of the lease from now, seconds. A lease of which two thirds are left is not written again.
     """
     alive: dict[tuple[str, int], bool] = {}
+    dialect = conn.dialect.name
     for attempt, ids in _by_attempt(held).items():
-        mine = (among(conn, Job.c.id, ids), Job.c.attempt == attempt, has_state(JobState.RUNNING))
-        found = conn.execute(select(Job.c.id, Job.c.cancel_requested, Job.c.lease_until - now()).where(*mine)).all()
+        found = conn.execute(_looked_after(dialect), {"p_ids": packed(dialect, ids), "p_attempt": attempt}).all()
         alive.update({(row[0], attempt): row[1] for row in found})
         aged = [row[0] for row in found if row[2] is None or row[2] < lease_s * 2 / 3]
         if aged:
-            renewed = conn.execute(
-                update(Job)
-                .where(among(conn, Job.c.id, aged), Job.c.attempt == attempt, has_state(JobState.RUNNING))
-                .values(lease_until=now() + lease_s)
-                .returning(Job.c.id)
-            )
+            renewed = conn.execute(_renewed(dialect), {"p_ids": packed(dialect, aged), "p_attempt": attempt, "p_lease_s": lease_s})
             for job_id in set(aged) - set(renewed.scalars()):
                 alive.pop((job_id, attempt))  # it ended between the two statements
     for key, (progress, message) in held.items():
         if key in alive and (progress is not None or message):
             conn.execute(
                 update(Job)
-                .where(Job.c.id == key[0], Job.c.attempt == key[1], has_state(JobState.RUNNING))
+                .where(Job.c.id == key[0], Job.c.attempt == key[1], was(JobState.RUNNING))
                 .values(progress=progress, message=(message or "")[:500] or None)
             )
     return Beat(frozenset(k for k in held if k not in alive), frozenset(k for k, c in alive.items() if c))
+
+
+def _fence(dialect: str) -> tuple[Any, ...]:
+    """Running jobs ``p_ids`` in attempt ``p_attempt``."""
+    return among_given(dialect, Job.c.id, "p_ids"), Job.c.attempt == bindparam("p_attempt"), was(JobState.RUNNING)
+
+
+@cache
+def _looked_after(dialect: str) -> Any:
+    return select(Job.c.id, Job.c.cancel_requested, Job.c.lease_until - now()).where(*_fence(dialect))
+
+
+@cache
+def _renewed(dialect: str) -> Any:
+    return update(Job).where(*_fence(dialect)).values(lease_until=now() + bindparam("p_lease_s")).returning(Job.c.id)
 
 
 def report_worker(conn: Connection, worker: str, queues: Sequence[str], device: str, running: int, models: Sequence[str]) -> None:
@@ -691,20 +727,13 @@ def finish(conn: Connection, results: Sequence[Success]) -> list[str]:
     if not results:
         return []
     done: dict[str, Any] = {}
+    dialect = conn.dialect.name
     for attempt, ids in _by_attempt((r.job_id, r.attempt) for r in results).items():
-        fence = (among(conn, Job.c.id, ids), Job.c.attempt == attempt, has_state(JobState.RUNNING))
-        statement = (
-            update(Job)
-            .where(*fence, ~Job.c.cancel_requested)
-            .values(
-                state=JobState.SUCCEEDED, finished_at=now(), progress=1.0, message=None, error=null(), lease_owner=None, lease_until=None
-            )
-            .returning(Job.c.id, Job.c.attempt, Job.c.project_id, Job.c.batch_id, Job.c.kind, Job.c.seed, Job.c.model)
-        )
-        hit = {row.id: row for row in conn.execute(statement)}
+        fence = {"p_ids": packed(dialect, ids), "p_attempt": attempt}
+        hit = {row.id: row for row in conn.execute(_succeeded(dialect), fence).all()}
         done.update(hit)
         if len(hit) < len(ids):
-            for job_id in conn.execute(select(Job.c.id).where(*fence, Job.c.cancel_requested)).scalars().all():
+            for job_id in conn.execute(_asked_to_stop(dialect), fence).scalars().all():
                 stop(conn, Stop(job_id, attempt, {"type": "cancelled", "code": "cancelled", "message": "cancelled while it ran"}))
     if not done:
         return []
@@ -724,16 +753,29 @@ def finish(conn: Connection, results: Sequence[Success]) -> list[str]:
     insert_rows(conn, Artifact, _ARTIFACT, artifacts)
     keyed = [r for r in published if r.result_key or r.reused_from]
     if keyed:
-        conn.execute(
-            update(Job).where(Job.c.id == bindparam("job")).values(result_key=bindparam("key"), reused_from=bindparam("source")),
-            [{"job": r.job_id, "key": r.result_key, "source": r.reused_from} for r in keyed],
-        )
+        conn.execute(_KEYED, [{"p_job": r.job_id, "p_key": r.result_key, "p_source": r.reused_from} for r in keyed])
     _close_attempts(conn, [(r.job_id, r.attempt, "succeeded", None, r.phases) for r in published], at)
     _ended(conn, list(done.values()), JobState.SUCCEEDED, reused={r.job_id for r in keyed if r.reused_from})
     _unblock(conn, list(done))
     return list(done)
 
 
+@cache
+def _succeeded(dialect: str) -> Any:
+    values = {
+        "state": JobState.SUCCEEDED, "finished_at": now(), "progress": 1.0, "message": None, "error": null(), "lease_owner": None,
+        "lease_until": None,
+    }  # fmt: skip
+    columns = (Job.c.id, Job.c.attempt, Job.c.project_id, Job.c.batch_id, Job.c.kind, Job.c.seed, Job.c.model)
+    return update(Job).where(*_fence(dialect), ~Job.c.cancel_requested).values(values).returning(*columns)
+
+
+@cache
+def _asked_to_stop(dialect: str) -> Any:
+    return select(Job.c.id).where(*_fence(dialect), Job.c.cancel_requested)
+
+
+_KEYED = update(Job).where(Job.c.id == bindparam("p_job")).values(result_key=bindparam("p_key"), reused_from=bindparam("p_source"))
 _ARTIFACT = (
     "id", "project_id", "job_id", "attempt", "position", "role", "name", "object_key", "sha256", "size", "media_type", "meta", "seed",
     "model", "parents", "created_at",
@@ -790,10 +832,10 @@ def refuse_doomed(conn: Connection, keys: Collection[str], jobs: Sequence[str] =
     """
     if not keys:
         return
-    if conn.dialect.name == "postgresql":
-        conn.execute(text("SELECT pg_advisory_xact_lock_shared(hashtext('factory:sweep'))"))
-    query = select(DoomedObject.c.at, DoomedObject.c.object_key).where(among(conn, DoomedObject.c.object_key, keys))
-    newest = conn.execute(query.order_by(DoomedObject.c.at.desc()).limit(1)).one_or_none()
+    dialect = conn.dialect.name
+    if dialect == "postgresql":
+        conn.execute(_text("SELECT pg_advisory_xact_lock_shared(hashtext('factory:sweep'))"))
+    newest = conn.execute(_newest_mark(dialect), {"p_keys": packed(dialect, keys)}).one_or_none()
     if newest is None:
         return
     begun = conn.execute(select(func.min(Job.c.started_at)).where(among(conn, Job.c.id, jobs))).scalar() if jobs else None
@@ -801,6 +843,12 @@ def refuse_doomed(conn: Connection, keys: Collection[str], jobs: Sequence[str] =
     put_at = begun - MARK_S if begun is not None else database_time(conn) - MARK_S
     if newest.at > put_at - MARK_S:
         raise TransientError(f"object {newest.object_key} is being swept; it must be stored again", code="object_swept")
+
+
+@cache
+def _newest_mark(dialect: str) -> Any:
+    query = select(DoomedObject.c.at, DoomedObject.c.object_key).where(among_given(dialect, DoomedObject.c.object_key, "p_keys"))
+    return query.order_by(DoomedObject.c.at.desc()).limit(1)
 
 
 def _refuse_gone(conn: Connection, keys: Collection[str]) -> None:
@@ -821,7 +869,7 @@ def publish(conn: Connection, job_id: str, attempt: int, artifact: NewArtifact) 
     """
     row = conn.execute(
         select(Job.c.id, Job.c.attempt, Job.c.project_id, Job.c.seed, Job.c.model)
-        .where(Job.c.id == job_id, Job.c.attempt == attempt, has_state(JobState.RUNNING))
+        .where(Job.c.id == job_id, Job.c.attempt == attempt, was(JobState.RUNNING))
         .with_for_update()
     ).one_or_none()
     if row is None:
@@ -842,7 +890,7 @@ def drop_published(conn: Connection, job_id: str, attempt: int, names: Sequence[
     Returns:
         Keys of their objects to which no other artifact points: delete them after the commit.
     """
-    held = select(Job.c.id).where(Job.c.id == job_id, Job.c.attempt == attempt, has_state(JobState.RUNNING))
+    held = select(Job.c.id).where(Job.c.id == job_id, Job.c.attempt == attempt, was(JobState.RUNNING))
     statement = delete(Artifact).where(Artifact.c.job_id.in_(held), Artifact.c.name.in_(list(names))).returning(Artifact.c.object_key)
     keys = set(conn.execute(statement).scalars())
     return sorted(keys - set(conn.execute(select(Artifact.c.object_key).where(Artifact.c.object_key.in_(keys))).scalars()))
@@ -911,7 +959,7 @@ def stop(conn: Connection, result: Stop) -> JobState | None:
             Job.c.id, Job.c.attempt, Job.c.project_id, Job.c.batch_id, Job.c.kind, Job.c.group_size, Job.c.strikes, Job.c.tries,
             Job.c.group_limit, Job.c.cancel_requested, Job.c.seed, Job.c.model,
         )
-        .where(Job.c.id == result.job_id, Job.c.attempt == result.attempt, has_state(JobState.RUNNING))
+        .where(Job.c.id == result.job_id, Job.c.attempt == result.attempt, was(JobState.RUNNING))
         .with_for_update()
     ).one_or_none()  # fmt: skip
     if row is None:
@@ -924,7 +972,7 @@ def stop(conn: Connection, result: Stop) -> JobState | None:
     terminal = verdict.state in TERMINAL
     conn.execute(
         update(Job)
-        .where(Job.c.id == row.id, Job.c.attempt == row.attempt, has_state(JobState.RUNNING))
+        .where(Job.c.id == row.id, Job.c.attempt == row.attempt, was(JobState.RUNNING))
         .values(
             state=verdict.state, error=dict(result.error), tries=dict(verdict.tries), strikes=verdict.strikes,
             group_limit=verdict.group_limit, run_after=now() + verdict.delay_s if not terminal else Job.c.run_after,
@@ -951,12 +999,23 @@ def _close_attempts(conn: Connection, items: Sequence[tuple[str, int, str, Mappi
         if id(phases) not in told:
             told[id(phases)] = dumps(dict(phases)) if phases else None
         alike[(attempt, outcome, dumps(dict(error)) if error else None, told[id(phases)])].append(job_id)
+    dialect = conn.dialect.name
     for (attempt, outcome, reason, spent), ids in alike.items():
-        conn.execute(
-            update(Attempt)
-            .where(among(conn, Attempt.c.job_id, ids), Attempt.c.attempt == attempt)
-            .values(finished_at=at, outcome=outcome, error=json.loads(reason) if reason else null(), phases=json.loads(spent) if spent else null())
-        )
+        values = {
+            "p_ids": packed(dialect, ids), "p_attempt": attempt, "p_at": at, "p_outcome": outcome,
+            "p_error": json.loads(reason) if reason else null(), "p_phases": json.loads(spent) if spent else null(),
+        }  # fmt: skip
+        conn.execute(_closed(dialect), values)
+
+
+@cache
+def _closed(dialect: str) -> Any:
+    ours = among_given(dialect, Attempt.c.job_id, "p_ids"), Attempt.c.attempt == bindparam("p_attempt")
+    values = {
+        "finished_at": bindparam("p_at"), "outcome": bindparam("p_outcome"), "error": bindparam("p_error", type_=Attempt.c.error.type),
+        "phases": bindparam("p_phases", type_=Attempt.c.phases.type),
+    }  # fmt: skip
+    return update(Attempt).where(*ours).values(values)
 
 
 def _ended(conn: Connection, rows: Sequence[Any], state: JobState, *, error: Mapping[str, Any] | None = None,
@@ -967,31 +1026,36 @@ def _ended(conn: Connection, rows: Sequence[Any], state: JobState, *, error: Map
         if reused and row.batch_id and row.id in reused:
             deltas[(row.batch_id, row.kind, "reused")] += 1
     _add_deltas(conn, deltas)
-    events: list[dict[str, Any]] = []
+    events: list[tuple[Any, ...]] = []
+    at = database_time(conn) if rows else 0.0
     grouped: dict[tuple[str, str], list[str]] = defaultdict(list)
+    alone = dumps({"state": str(state), **({"error": dict(error)} if error else {})})
     for row in rows:
         if row.batch_id and error is None:
             grouped[(row.project_id, row.batch_id)].append(row.id)
         else:
-            data = {"state": str(state), **({"error": dict(error)} if error else {})}
-            events.append({"type": f"job.{state}", "project_id": row.project_id, "batch_id": row.batch_id, "job_id": row.id, "data": data})
+            events.append((at, f"job.{state}", row.project_id, row.batch_id, row.id, alone))
     for (project_id, batch_id), ids in grouped.items():
-        data = {"state": str(state), "jobs": ids}
-        events.append({"type": f"jobs.{state}", "project_id": project_id, "batch_id": batch_id, "job_id": None, "data": data})
-    if events:
-        conn.execute(insert(Event).values(at=now()), events)
+        events.append((at, f"jobs.{state}", project_id, batch_id, None, dumps({"state": str(state), "jobs": ids})))
+    insert_rows(conn, Event, ("at", "type", "project_id", "batch_id", "job_id", "data"), events)
 
 
 def _unblock(conn: Connection, parents: Sequence[str]) -> None:
-    waiting = Counter(conn.execute(select(Dependency.c.job_id).where(among(conn, Dependency.c.parent_id, parents))).scalars())
+    dialect = conn.dialect.name
+    waiting = Counter(conn.execute(_children(dialect), {"p_ids": packed(dialect, parents)}).scalars().all())
     by_count: dict[int, list[str]] = defaultdict(list)
     for child, n in sorted(waiting.items()):
         by_count[n].append(child)
     for n, children in by_count.items():
         # Subtracted, not counted anew: two parents may end at the same time and see only their own edge.
-        blocked = (among(conn, Job.c.id, children), has_state(JobState.BLOCKED))
+        blocked = (among(conn, Job.c.id, children), was(JobState.BLOCKED))
         conn.execute(update(Job).where(*blocked).values(pending=Job.c.pending - n))
         conn.execute(update(Job).where(*blocked, Job.c.pending <= 0).values(state=JobState.QUEUED))
+
+
+@cache
+def _children(dialect: str) -> Any:
+    return select(Dependency.c.job_id).where(among_given(dialect, Dependency.c.parent_id, "p_ids"))
 
 
 def _fail_children(conn: Connection, parents: Sequence[str]) -> None:
@@ -1017,7 +1081,7 @@ def _fail_children(conn: Connection, parents: Sequence[str]) -> None:
             state = JobState.CANCELLED if cause.state == JobState.CANCELLED else JobState.FAILED
             row = conn.execute(
                 update(Job)
-                .where(Job.c.id == child, has_state(JobState.BLOCKED))
+                .where(Job.c.id == child, was(JobState.BLOCKED))
                 .values(state=state, error=error, finished_at=now())
                 .returning(Job.c.id, Job.c.project_id, Job.c.batch_id, Job.c.kind)
             ).one_or_none()
@@ -1090,7 +1154,7 @@ def unblock_stuck(conn: Connection, limit: int = 1000) -> int:
         ).scalars()
     )
     for chunk in _chunks(stuck):
-        conn.execute(update(Job).where(Job.c.id.in_(chunk), has_state(JobState.BLOCKED)).values(state=JobState.QUEUED, pending=0))
+        conn.execute(update(Job).where(Job.c.id.in_(chunk), was(JobState.BLOCKED)).values(state=JobState.QUEUED, pending=0))
     return len(stuck)
 
 
@@ -1130,13 +1194,15 @@ def fold_counts(conn: Connection, limit: int = 20_000) -> int:
     return len(rows)
 
 
+_COUNTS = select(BatchCount.c.kind, BatchCount.c.state, BatchCount.c.n).where(BatchCount.c.batch_id == bindparam("p_batch")).union_all(
+    select(BatchDelta.c.kind, BatchDelta.c.state, BatchDelta.c.n).where(BatchDelta.c.batch_id == bindparam("p_batch"))
+)  # fmt: skip
+
+
 def counts(conn: Connection, batch_id: str) -> dict[str, dict[str, int]]:
     """Counters of a batch: kind → state → n, where ``total`` counts accepted jobs and ``reused`` is part of ``succeeded``."""
     out: dict[str, dict[str, int]] = defaultdict(dict)
-    both = select(BatchCount.c.kind, BatchCount.c.state, BatchCount.c.n).where(BatchCount.c.batch_id == batch_id).union_all(
-        select(BatchDelta.c.kind, BatchDelta.c.state, BatchDelta.c.n).where(BatchDelta.c.batch_id == batch_id)
-    )  # fmt: skip
-    for kind, state, n in conn.execute(both):
+    for kind, state, n in conn.execute(_COUNTS, {"p_batch": batch_id}).all():
         out[kind][state] = out[kind].get(state, 0) + int(n)
     return dict(out)
 
@@ -1198,12 +1264,12 @@ def cancel_jobs(conn: Connection, ids: Sequence[str]) -> dict[str, int]:
     for chunk in _chunks(sorted(ids)):
         rows = conn.execute(
             update(Job)
-            .where(Job.c.id.in_(chunk), has_state(*_WAITING))
+            .where(Job.c.id.in_(chunk), was(*_WAITING))
             .values(state=JobState.CANCELLED, finished_at=now(), error=error, cancel_requested=True, dispatched_at=None)
             .returning(Job.c.id, Job.c.project_id, Job.c.batch_id, Job.c.kind)
         ).all()
         requested += conn.execute(
-            update(Job).where(Job.c.id.in_(chunk), has_state(JobState.RUNNING), ~Job.c.cancel_requested).values(cancel_requested=True)
+            update(Job).where(Job.c.id.in_(chunk), was(JobState.RUNNING), ~Job.c.cancel_requested).values(cancel_requested=True)
         ).rowcount
         _ended(conn, rows, JobState.CANCELLED)
         _fail_children(conn, [r.id for r in rows])
@@ -1261,5 +1327,5 @@ def reprioritise(conn: Connection, ids: Sequence[str], priority: int) -> int:
     """Give waiting jobs another priority."""
     n = 0
     for chunk in _chunks(sorted(ids)):
-        n += conn.execute(update(Job).where(Job.c.id.in_(chunk), has_state(*_WAITING)).values(priority=priority, band=100 - priority)).rowcount
+        n += conn.execute(update(Job).where(Job.c.id.in_(chunk), was(*_WAITING)).values(priority=priority, band=100 - priority)).rowcount
     return n

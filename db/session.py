@@ -16,6 +16,7 @@ from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.types import Double
 
 from contentfactory.errors import ConfigError, ServiceUnavailable
+from contentfactory.fastjson import loads
 
 T = TypeVar("T")
 
@@ -71,7 +72,9 @@ class Database:
         if self.sqlite:
             if parsed.database and parsed.database != ":memory:":
                 Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
-            self.engine = create_engine(parsed, connect_args={"timeout": 30.0, "check_same_thread": False}, pool_pre_ping=False)
+            self.engine = create_engine(
+                parsed, connect_args={"timeout": 30.0, "check_same_thread": False}, pool_pre_ping=False, json_deserializer=loads
+            )
             event.listen(self.engine, "connect", _sqlite_connect)
             event.listen(self.engine, "begin", _sqlite_begin)
         elif backend == "postgresql":
@@ -80,6 +83,7 @@ class Database:
                 pool_size=pool_size,
                 max_overflow=10,
                 pool_timeout=connect_timeout_s,
+                json_deserializer=loads,
                 connect_args={
                     "connect_timeout": max(1, int(connect_timeout_s)),
                     "keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 3,

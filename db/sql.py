@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -11,6 +12,8 @@ from sqlalchemy import (
     String,
     and_,
     any_,
+    bindparam,
+    cast,
     func,
     literal,
     literal_column,
@@ -19,6 +22,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects.postgresql import ARRAY
 
+from contentfactory.fastjson import dumps
 from contentfactory.states import UNWELL, JobState
 from db.tables import Job
 
@@ -26,17 +30,51 @@ COPY_FROM = 8
 """Rows from which on a COPY is worth its two further messages."""
 
 _ARRAY = ARRAY(String)
+_PLAIN = re.compile(r"[\w./:@-]+", re.ASCII)
+"""Values that an array's text takes as they are; our ids and keys are made of these."""
 _UNWELL = f"jobs.state IN ({', '.join(repr(str(state)) for state in UNWELL)})"
 
 
 def among(conn: Connection, column: Any, values: Iterable[str]) -> ColumnElement[bool]:
     """Whether a text column is one of the values: one parameter, however many they are, and one statement for every number of them."""
-    if conn.dialect.name == "postgresql":
-        found: ColumnElement[bool] = column == any_(literal(list(values), _ARRAY))
+    dialect = conn.dialect.name
+    return _member(dialect, column, literal(packed(dialect, values), String))
+
+
+def among_given(dialect: str, column: Any, name: str) -> ColumnElement[bool]:
+    """As `among`, for statements that are built once: the values come as parameter ``name``, by way of `packed`."""
+    return _member(dialect, column, bindparam(name, type_=String))
+
+
+def packed(dialect: str, values: Iterable[str]) -> str:
+    """Values for `among_given`."""
+    return _array(values) if dialect == "postgresql" else json.dumps(list(values))
+
+
+def _member(dialect: str, column: Any, values: ColumnElement[str]) -> ColumnElement[bool]:
+    if dialect == "postgresql":
+        found: ColumnElement[bool] = column == any_(cast(values, _ARRAY))
     else:
-        listed = func.json_each(json.dumps(list(values))).table_valued("value")
-        found = column.in_(select(listed.c.value))
+        found = column.in_(select(func.json_each(values).table_valued("value").c.value))
     return found
+
+
+def _array(values: Iterable[str]) -> str:
+    # As text, since the driver takes a list apart value by value.
+    return "{" + ",".join(v if _PLAIN.fullmatch(v) and v.upper() != "NULL" else '"' + re.sub(r'(["\\\\])', r"\\\1", v) + '"' for v in values) + "}"
+
+
+@functools.cache
+def was(*states: JobState) -> ColumnElement[bool]:
+    """Whether a job that is found by its id is in one of the states: the condition for an update, never a way to find rows.
+
+    As `has_state` it would offer the index on all rows of that state: planned while these were few, PostgreSQL then reads all of
+    a million queued rows for each micro-batch.
+    """
+    plain: ColumnElement[str] = Job.c.state.concat(literal_column("''"))
+    if len(states) > 1:
+        return plain.in_([literal_column(f"'{state}'") for state in states])
+    return plain == literal_column(f"'{states[0]}'")
 
 
 @functools.cache
@@ -73,9 +111,4 @@ def insert_rows(conn: Connection, table: Any, columns: Sequence[str], rows: Sequ
     conn.exec_driver_sql(f"INSERT INTO {table.name} ({names}) VALUES ({values})", list(rows))  # noqa: S608 - names of our own
 
 
-def dumps(value: Any) -> str:
-    """A JSON column's text."""
-    return json.dumps(value, separators=(",", ":"), ensure_ascii=False)
-
-
-__all__ = ["COPY_FROM", "among", "dumps", "has_state", "insert_rows"]
+__all__ = ["COPY_FROM", "among", "among_given", "dumps", "has_state", "insert_rows", "packed", "was"]

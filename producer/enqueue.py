@@ -2,7 +2,6 @@
 
 import gzip
 import hashlib
-import json
 import os
 import random
 import time
@@ -16,6 +15,7 @@ from typing import Any
 import structlog
 
 from contentfactory.errors import Conflict, FactoryError, InputError, NotFound, ServiceUnavailable
+from contentfactory.fastjson import dumps_sorted, loads
 from contentfactory.ids import is_id, new_id, stable_seed
 from contentfactory.jobs.spec import Params, canonical, get_kind, iter_inputs, iter_refs, put_at, takes_media
 from contentfactory.settings import Settings
@@ -34,6 +34,7 @@ log = structlog.get_logger(__name__)
 
 EXPAND_ROWS = 4000
 """Rows in one transaction of the expander."""
+_PLAIN = frozenset({str, int, float, bool, type(None)})
 MAX_MANY = 100_000
 """Most jobs in one call of `Producer.submit_many`; what is larger goes in as a manifest, which streams."""
 
@@ -130,7 +131,7 @@ class Producer:
         project_id = self.project_id(project)
         parents = tuple(dict.fromkeys((*depends_on, *(ref.job for _, ref in iter_refs(parsed)))))
         request = {"kind": spec.name, "params": canonical(parsed), "priority": priority, "seed": seed, "depends_on": list(depends_on)}
-        request_hash = hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
+        request_hash = hashlib.sha256(dumps_sorted(request).encode()).hexdigest()
         job_id = new_id("job")
         chosen = seed if seed is not None else int.from_bytes(os.urandom(4), "big") >> 1
 
@@ -210,6 +211,8 @@ class Producer:
                 raise InputError(f"job {index}: {error.message}", code=error.code, param=error.param, index=index) from None
         if not parsed:
             return []
+        # Whether there may be a reference in it: most params are plain values.
+        nested = [not isinstance(one, Mapping) or any(type(value) not in _PLAIN for value in one.values()) for one in params]
         ids = [new_id("job") for _ in parsed]
         chosen = seeds if seeds is not None else [random.getrandbits(31) for _ in parsed]
         cacheable, noted, media = reuse and spec.cacheable and self.settings.reuse_results, dict(labels or {}), takes_media(spec.params)
@@ -217,14 +220,14 @@ class Producer:
         def row(conn: Any, pins: ModelPins, index: int) -> lifecycle.NewJob:
             one = parsed[index]
             parents: tuple[str, ...] = ()
-            if media or any(True for _ in iter_refs(one)):
+            if media or nested[index]:
                 parents = tuple(dict.fromkeys(ref.job for _, ref in iter_refs(one)))
                 for parent in parents:
                     if not is_id(parent, "job") or jobs.get(conn, project_id, parent) is None:
                         raise InputError(f"job {index}: needs {parent!r}, which is no job of this project", code="unknown_dependency")
                 self._check_artifacts(conn, project_id, one)
                 one = _pin_datasets(conn, project_id, one)
-            model = pins.pin(spec, getattr(one, "model", None))
+            model = pins.pin(spec, getattr(one, "model", None) if spec.takes_model else None)
             return lifecycle.NewJob(
                 id=ids[index], project_id=project_id, kind=spec.name, queue=spec.queue, params=one.model_dump_json(),
                 share_key=spec.share_key(one, model), seconds=estimate(spec, one), seed=chosen[index], model=model, priority=priority,
@@ -341,7 +344,7 @@ class Producer:
             def vet(line: manifests.JobLine) -> Iterator[str]:
                 if line.kind.startswith("train."):
                     made.add(str(line.params.get("name")))
-                model = getattr(line.parsed, "model", None)
+                model = getattr(line.parsed, "model", None) if line.spec.takes_model else None
                 pinned = None
                 try:
                     pinned = pins.pin(line.spec, model)
@@ -548,7 +551,7 @@ class Producer:
             for data in stream:
                 if after and number_of(data) <= after:
                     continue
-                chunk.append(json.loads(data))
+                chunk.append(loads(data))
                 if len(chunk) >= EXPAND_ROWS:
                     yield chunk
                     chunk = []
@@ -617,7 +620,7 @@ class Producer:
             id=job_id_for(batch_id, record["id"]), project_id=project_id, batch_id=batch_id, custom_id=record["id"],
             line=record["n"], rank=rank0 + min(record["n"], 999_999), kind=spec.name, queue=spec.queue,
             params=parsed.model_dump(mode="json"), share_key=spec.share_key(parsed, model), seconds=estimate(spec, parsed),
-            seed=seed if seed is not None else stable_seed(record["id"], json.dumps(record["params"], sort_keys=True)),
+            seed=seed if seed is not None else stable_seed(record["id"], dumps_sorted(record["params"])),
             model=model, priority=record["priority"],
             parents=tuple(_batch_job(batch_id, p) for p in record["parents"]),
             reuse=record["reuse"] and spec.cacheable and self.settings.reuse_results, labels=record["labels"],

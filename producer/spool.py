@@ -7,12 +7,12 @@ the batch has its id (references to other lines, data sets, a model that is trai
 
 import gzip
 import hashlib
-import json
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from contentfactory.fastjson import dumps, dumps_sorted, loads
 from contentfactory.ids import stable_seed
 from contentfactory.jobs.spec import KindSpec, Params, takes_media
 from producer.manifest.model import JobLine
@@ -45,12 +45,12 @@ class Spool:
         self._count += 1
         spec, parsed = line.spec, line.parsed
         known = not line.refs and not line.files and not takes_media(type(parsed)) and (model is not None or not spec.takes_model)
-        seed = line.seed if line.seed is not None else stable_seed(line.custom_id, json.dumps(line.with_files(uploaded or {}), sort_keys=True))
-        params = parsed.model_dump_json() if known else json.dumps(line.with_files(uploaded or {}), ensure_ascii=False)
+        seed = line.seed if line.seed is not None else stable_seed(line.custom_id, dumps_sorted(line.with_files(uploaded or {})))
+        params = parsed.model_dump_json() if known else dumps(line.with_files(uploaded or {}))
         given = [self._count, line.custom_id, spec.name, params, line.parents, line.priority, seed, line.metadata]
-        data = json.dumps(given, separators=(",", ":"), ensure_ascii=False)
+        data = dumps(given)
         key = spec.share_key(parsed, model) if known else None
-        rest = json.dumps([estimate(spec, parsed), model, key], separators=(",", ":"), ensure_ascii=False)
+        rest = dumps([estimate(spec, parsed), model, key])
         # The digest says whether two manifests ask for the same, so what was looked up for them is no part of it.
         self._digest.update(data.encode())
         self._out.write(f"{data[:-1]},{rest[1:]}\n".encode())
@@ -89,7 +89,7 @@ def number_of(data: bytes) -> int:
     """Number of a line, without parsing all of it where it can be seen at once."""
     if data.startswith(b"["):
         return int(data[1 : data.index(b",")])
-    return record_number(json.loads(data))
+    return record_number(loads(data))
 
 
 def record_number(record: Any) -> int:
@@ -100,6 +100,6 @@ def record_number(record: Any) -> int:
 def as_dict(record: list[Any], priority: int, reuse: bool) -> dict[str, Any]:
     """A line in the form of objects, for those that still have to be looked into."""
     return {
-        "n": record[NUMBER], "id": record[ID], "kind": record[KIND], "params": json.loads(record[PARAMS]), "parents": record[PARENTS],
+        "n": record[NUMBER], "id": record[ID], "kind": record[KIND], "params": loads(record[PARAMS]), "parents": record[PARENTS],
         "priority": record[PRIORITY] or priority, "seed": record[SEED], "labels": record[LABELS], "reuse": reuse,
     }  # fmt: skip

@@ -76,7 +76,7 @@ def pick_device(wanted: str) -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class _Stored:
     """The artifact of an output whose bytes lay in the store already: nothing to wait for."""
 
@@ -86,7 +86,7 @@ class _Stored:
         return self.artifact
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class _Member:
     """One job of a micro-batch on its way through the worker."""
 

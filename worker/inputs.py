@@ -27,7 +27,7 @@ _MAX_DATA_HEAD = 200
 MAX_TEXT_BYTES = 1_000_000
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Resolved:
     """Params with text references filled in, and the artifacts that they use.
 

@@ -137,7 +137,7 @@ class KindSpec:
         """First half of the kind's name."""
         return self.name.partition(".")[0]
 
-    @property
+    @functools.cached_property
     def takes_model(self) -> bool:
         """Whether jobs of this kind name a model."""
         return "model" in self.params.model_fields
@@ -167,10 +167,19 @@ class KindSpec:
 
     def share_key(self, params: Params, model_version: str | None) -> str:
         """What must be equal for two jobs to share a forward pass: kind, model version and the kind's own key."""
+        if not self.group_key and not self.group_by:
+            return _share_key(self.name, model_version)
         own = self.group_key(params) if self.group_key else ""
-        values = [_plain(getattr(params, name)) for name in self.group_by]
-        text = json.dumps([self.name, model_version, own, values], sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(text.encode()).hexdigest()[:24]
+        return _digest([self.name, model_version, own, [_plain(getattr(params, name)) for name in self.group_by]])
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()[:24]
+
+
+@functools.lru_cache(maxsize=4096)
+def _share_key(name: str, model_version: str | None) -> str:
+    return _digest([name, model_version, "", []])
 
 
 def _plain(value: Any) -> Any:

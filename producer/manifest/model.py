@@ -70,7 +70,7 @@ class DraftError(Exception):
         self.errors = errors
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Draft:
     """One job as the source has it, templates filled in, not yet validated.
 
@@ -121,7 +121,7 @@ class FileInput:
     path: Path
 
 
-@dataclass(frozen=True)
+@dataclass
 class JobLine:
     """One validated job of a manifest.
 

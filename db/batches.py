@@ -32,10 +32,12 @@ def create(conn: Connection, batch_id: str, project_id: str, name: str, *, sourc
     lifecycle.add_event(conn, "batch.created", project_id=project_id, batch_id=batch_id, data={"name": name[:300]})
 
 
+_ONE = select(*_COLUMNS).where(Batch.id == bindparam("p_batch"), Batch.project_id == bindparam("p_project"))
+
+
 def get(conn: Connection, project_id: str, batch_id: str) -> RowMapping | None:
     """A batch of the project."""
-    query = select(*_COLUMNS).where(Batch.id == batch_id, Batch.project_id == project_id)
-    return conn.execute(query).mappings().one_or_none()
+    return conn.execute(_ONE, {"p_batch": batch_id, "p_project": project_id}).mappings().one_or_none()
 
 
 def find_open(conn: Connection, project_id: str, digest: str) -> str | None:

@@ -1,13 +1,14 @@
 """Jobs and artifacts as they are read."""
 
 from collections.abc import Iterator, Sequence
+from functools import cache
 from typing import Any
 
-from sqlalchemy import Connection, RowMapping, and_, or_, select
+from sqlalchemy import Connection, RowMapping, and_, bindparam, literal_column, or_, select
 
 from contentfactory.states import UNWELL, JobState
 from db.models import Artifact, Attempt, Dependency, Event, Job
-from db.sql import among, has_state
+from db.sql import among, among_given, has_state, packed
 
 COLUMNS = (
     Job.id, Job.project_id, Job.batch_id, Job.custom_id, Job.line, Job.kind, Job.queue, Job.state, Job.priority, Job.params,
@@ -23,9 +24,13 @@ ARTIFACT_COLUMNS = (
 )  # fmt: skip
 
 
+_ONE = select(*COLUMNS).where(Job.id == bindparam("p_job"), Job.project_id == bindparam("p_project"))
+_KEYED = select(*COLUMNS).where(Job.project_id == bindparam("p_project"), Job.idempotency_key == bindparam("p_key"))
+
+
 def get(conn: Connection, project_id: str, job_id: str) -> RowMapping | None:
     """A job of the project."""
-    return conn.execute(select(*COLUMNS).where(Job.id == job_id, Job.project_id == project_id)).mappings().one_or_none()
+    return conn.execute(_ONE, {"p_job": job_id, "p_project": project_id}).mappings().one_or_none()
 
 
 def states(conn: Connection, job_ids: Sequence[str]) -> dict[str, JobState]:
@@ -35,8 +40,7 @@ def states(conn: Connection, job_ids: Sequence[str]) -> dict[str, JobState]:
 
 def by_key(conn: Connection, project_id: str, key: str) -> RowMapping | None:
     """The job that an idempotency key made."""
-    query = select(*COLUMNS).where(Job.project_id == project_id, Job.idempotency_key == key)
-    return conn.execute(query).mappings().one_or_none()
+    return conn.execute(_KEYED, {"p_project": project_id, "p_key": key}).mappings().one_or_none()
 
 
 FEW = 1000
@@ -95,15 +99,21 @@ def of_batch(conn: Connection, batch_id: str, states: Sequence[JobState] = (), c
 def artifacts(conn: Connection, job_ids: Sequence[str], roles: Sequence[str] = ("output",)) -> dict[str, list[RowMapping]]:
     """Artifacts by job, in the order of their position."""
     out: dict[str, list[RowMapping]] = {}
+    dialect = conn.dialect.name
     for start in range(0, len(job_ids), 500):
-        query = (
-            select(*ARTIFACT_COLUMNS)
-            .where(Artifact.job_id.in_(job_ids[start : start + 500]), Artifact.role.in_(list(roles)))
-            .order_by(Artifact.job_id, Artifact.position)
-        )
-        for row in conn.execute(query).mappings():
+        chosen = {"p_jobs": packed(dialect, job_ids[start : start + 500]), "p_roles": packed(dialect, roles)}
+        for row in conn.execute(_artifacts(dialect), chosen).mappings().all():
             out.setdefault(row["job_id"], []).append(row)
     return out
+
+
+@cache
+def _artifacts(dialect: str) -> Any:
+    return (
+        select(*ARTIFACT_COLUMNS)
+        .where(among_given(dialect, Artifact.job_id, "p_jobs"), among_given(dialect, Artifact.role, "p_roles"))
+        .order_by(Artifact.job_id, Artifact.position)
+    )
 
 
 def artifact(conn: Connection, project_id: str, artifact_id: str) -> RowMapping | None:
@@ -175,11 +185,16 @@ def latest(conn: Connection, job_ids: Sequence[str]) -> dict[str, str]:
 def succeeded_with(conn: Connection, project_id: str, keys: Sequence[str]) -> dict[str, str]:
     """A succeeded job for each result key that has one: key → job id."""
     out: dict[str, str] = {}
+    dialect = conn.dialect.name
     for start in range(0, len(keys), 500):
-        query = select(Job.result_key, Job.id).where(
-            Job.result_key.in_(keys[start : start + 500]), Job.state == JobState.SUCCEEDED, Job.project_id == project_id
-        )
-        for key, job_id in conn.execute(query):
+        chosen = {"p_keys": packed(dialect, keys[start : start + 500]), "p_project": project_id}
+        for key, job_id in conn.execute(_with_result(dialect), chosen).all():
             if key:
                 out[key] = job_id
     return out
+
+
+@cache
+def _with_result(dialect: str) -> Any:
+    wanted = among_given(dialect, Job.result_key, "p_keys"), Job.state == literal_column(f"'{JobState.SUCCEEDED}'")
+    return select(Job.result_key, Job.id).where(*wanted, Job.project_id == bindparam("p_project"))

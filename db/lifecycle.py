@@ -244,6 +244,10 @@ def _lock_parents(conn: Connection, ids: set[str]) -> dict[str, str]:
 
 def _insert_new(conn: Connection, table: Any, rows: list[dict[str, Any]]) -> set[str]:
     new: set[str] = set()
+    if len(rows) == 1:
+        # What a single submit writes: one statement for all of them.
+        row = {k: json.loads(v) if k in ("params", "labels") else v for k, v in rows[0].items()}
+        return set(conn.execute(_insert_one(conn.dialect.name, table), row).scalars().all())
     # The number of variables in one statement is bounded on SQLite (32,766) and PostgreSQL (65,535).
     for chunk in _chunks(rows, max(1, 20_000 // max(1, len(rows[0]) if rows else 1))):
         values = [{k: json.loads(v) if k in ("params", "labels") else v for k, v in row.items()} for row in chunk]
@@ -253,6 +257,12 @@ def _insert_new(conn: Connection, table: Any, rows: list[dict[str, Any]]) -> set
         else:
             conn.execute(statement)
     return new
+
+
+@cache
+def _insert_one(dialect: str, table: Any) -> Any:
+    statement = upsert(dialect, table).on_conflict_do_nothing()
+    return statement.returning(Job.c.id if table is Job else table.c.job_id)
 
 
 def _add_deltas(conn: Connection, deltas: Mapping[Any, int]) -> None:
@@ -557,12 +567,14 @@ def rescue_dispatched(conn: Connection, queue: str, before: float) -> int:
         before: Dispatch time of the oldest hint that still waits in the broker (now, less a margin, where none waits):
             the broker hands hints out in order, so an older one that nobody claimed is gone.
     """
-    statement = (
-        update(Job)
-        .where(Job.c.queue == queue, has_state(JobState.DISPATCHED), Job.c.dispatched_at < before)
-        .values(state=JobState.QUEUED, dispatched_at=None)
-    )
-    return conn.execute(statement).rowcount
+    return conn.execute(_LOST, {"p_queue": queue, "p_before": before}).rowcount
+
+
+_LOST = (
+    update(Job)
+    .where(Job.c.queue == bindparam("p_queue"), has_state(JobState.DISPATCHED), Job.c.dispatched_at < bindparam("p_before"))
+    .values(state=JobState.QUEUED, dispatched_at=None)
+)
 
 
 # --- claim and heartbeat --------------------------------------------------------------------------------------------
@@ -674,12 +686,16 @@ def heartbeat(conn: Connection, held: Mapping[tuple[str, int], tuple[float | Non
                 alive.pop((job_id, attempt))  # it ended between the two statements
     for key, (progress, message) in held.items():
         if key in alive and (progress is not None or message):
-            conn.execute(
-                update(Job)
-                .where(Job.c.id == key[0], Job.c.attempt == key[1], was(JobState.RUNNING))
-                .values(progress=progress, message=(message or "")[:500] or None)
-            )
+            told = {"p_job": key[0], "p_attempt": key[1], "p_progress": progress, "p_message": (message or "")[:500] or None}
+            conn.execute(_PROGRESSED, told)
     return Beat(frozenset(k for k in held if k not in alive), frozenset(k for k, c in alive.items() if c))
+
+
+_PROGRESSED = (
+    update(Job)
+    .where(Job.c.id == bindparam("p_job"), Job.c.attempt == bindparam("p_attempt"), was(JobState.RUNNING))
+    .values(progress=bindparam("p_progress"), message=bindparam("p_message"))
+)
 
 
 def _fence(dialect: str) -> tuple[Any, ...]:
@@ -948,20 +964,23 @@ def decide(error_class: str, *, group_size: int, strikes: int, tries: Mapping[st
     return Decision(JobState.QUEUED, backoff(n), used, strikes, group_limit)
 
 
+_ENDING = (
+    select(
+        Job.c.id, Job.c.attempt, Job.c.project_id, Job.c.batch_id, Job.c.kind, Job.c.group_size, Job.c.strikes, Job.c.tries,
+        Job.c.group_limit, Job.c.cancel_requested, Job.c.seed, Job.c.model,
+    )
+    .where(Job.c.id == bindparam("p_job"), Job.c.attempt == bindparam("p_attempt"), was(JobState.RUNNING))
+    .with_for_update()
+)  # fmt: skip
+
+
 def stop(conn: Connection, result: Stop) -> JobState | None:
     """End an attempt that has no result; the error's class decides whether the job is tried again.
 
     Returns:
         The job's new state, or None if the attempt was fenced.
     """
-    row = conn.execute(
-        select(
-            Job.c.id, Job.c.attempt, Job.c.project_id, Job.c.batch_id, Job.c.kind, Job.c.group_size, Job.c.strikes, Job.c.tries,
-            Job.c.group_limit, Job.c.cancel_requested, Job.c.seed, Job.c.model,
-        )
-        .where(Job.c.id == result.job_id, Job.c.attempt == result.attempt, was(JobState.RUNNING))
-        .with_for_update()
-    ).one_or_none()  # fmt: skip
+    row = conn.execute(_ENDING, {"p_job": result.job_id, "p_attempt": result.attempt}).one_or_none()
     if row is None:
         return None
     error_class = "cancelled" if row.cancel_requested else str(result.error.get("type", "bug"))
@@ -1101,7 +1120,7 @@ def reap(conn: Connection, *, lease_s: float, period_s: float, limit: int = 1000
         Count by new state, plus ``extended``.
     """
     at = database_time(conn)
-    last = conn.execute(select(Mark.c.value).where(Mark.c.name == "reaper").with_for_update()).scalar()
+    last = conn.execute(_LAST_REAPED).scalar()
     _set_mark(conn, "reaper", at)
     if last is None or at - last > max(3 * period_s, lease_s / 2):
         # Nobody could renew while the database or the whole factory was away: give live workers one lease to say so.
@@ -1109,10 +1128,16 @@ def reap(conn: Connection, *, lease_s: float, period_s: float, limit: int = 1000
             update(Job).where(has_state(JobState.RUNNING), Job.c.lease_until < at + lease_s).values(lease_until=at + lease_s)
         ).rowcount
         return {"extended": n}
-    expired = conn.execute(
-        select(Job.c.id, Job.c.attempt, Job.c.lease_owner).where(has_state(JobState.RUNNING), Job.c.lease_until < at).limit(limit)
-    ).all()
+    expired = conn.execute(_EXPIRED, {"p_at": at, "p_most": limit}).all()
     return dict(_crash(conn, expired, "the worker {owner} stopped renewing its lease"))
+
+
+_LAST_REAPED = select(Mark.c.value).where(Mark.c.name == "reaper").with_for_update()
+_EXPIRED = (
+    select(Job.c.id, Job.c.attempt, Job.c.lease_owner)
+    .where(has_state(JobState.RUNNING), Job.c.lease_until < bindparam("p_at"))
+    .limit(bindparam("p_most"))
+)
 
 
 def crash(conn: Connection, held: Iterable[tuple[str, int]], reason: str, *, released: bool = False) -> dict[str, int]:
@@ -1144,18 +1169,23 @@ def release_all(conn: Connection, reason: str) -> int:
 
 def unblock_stuck(conn: Connection, limit: int = 1000) -> int:
     """Safety net: queue blocked jobs all of whose parents have succeeded, fail those with a failed one."""
-    open_parents = select(Job.c.id).where(Job.c.state != JobState.SUCCEEDED)
-    stuck = list(
-        conn.execute(
-            select(Job.c.id)
-            .where(has_state(JobState.BLOCKED))
-            .where(~select(Dependency.c.job_id).where(Dependency.c.job_id == Job.c.id, Dependency.c.parent_id.in_(open_parents)).exists())
-            .limit(limit)
-        ).scalars()
-    )
+    stuck = list(conn.execute(_STUCK, {"p_most": limit}).scalars())
     for chunk in _chunks(stuck):
         conn.execute(update(Job).where(Job.c.id.in_(chunk), was(JobState.BLOCKED)).values(state=JobState.QUEUED, pending=0))
     return len(stuck)
+
+
+_Parent = Job.alias("parent")
+_STUCK = (
+    select(Job.c.id)
+    .where(has_state(JobState.BLOCKED))
+    .where(
+        ~select(Dependency.c.job_id)
+        .where(Dependency.c.job_id == Job.c.id, Dependency.c.parent_id.in_(select(_Parent.c.id).where(_Parent.c.state != JobState.SUCCEEDED)))
+        .exists()
+    )
+    .limit(bindparam("p_most"))
+)
 
 
 def _set_mark(conn: Connection, name: str, value: float) -> None:
@@ -1173,10 +1203,7 @@ def _marked(dialect: str) -> Any:
 
 def fold_counts(conn: Connection, limit: int = 20_000) -> int:
     """Fold appended deltas into the counters; on PostgreSQL only those that no other folder holds."""
-    query = select(BatchDelta.c.id, BatchDelta.c.batch_id, BatchDelta.c.kind, BatchDelta.c.state, BatchDelta.c.n).order_by(BatchDelta.c.id).limit(limit)
-    if conn.dialect.name == "postgresql":
-        query = query.with_for_update(skip_locked=True)
-    rows = conn.execute(query).all()
+    rows = conn.execute(_DELTAS_UNLOCKED if conn.dialect.name == "postgresql" else _DELTAS, {"p_most": limit}).all()
     if not rows:
         return 0
     sums: Counter[tuple[str, str, str]] = Counter()
@@ -1194,6 +1221,12 @@ def fold_counts(conn: Connection, limit: int = 20_000) -> int:
     return len(rows)
 
 
+_DELTAS = (
+    select(BatchDelta.c.id, BatchDelta.c.batch_id, BatchDelta.c.kind, BatchDelta.c.state, BatchDelta.c.n)
+    .order_by(BatchDelta.c.id)
+    .limit(bindparam("p_most"))
+)
+_DELTAS_UNLOCKED = _DELTAS.with_for_update(skip_locked=True)
 _COUNTS = select(BatchCount.c.kind, BatchCount.c.state, BatchCount.c.n).where(BatchCount.c.batch_id == bindparam("p_batch")).union_all(
     select(BatchDelta.c.kind, BatchDelta.c.state, BatchDelta.c.n).where(BatchDelta.c.batch_id == bindparam("p_batch"))
 )  # fmt: skip
@@ -1223,11 +1256,9 @@ def close_batches(conn: Connection, batch_ids: Iterable[str] | None = None) -> l
     Returns:
         Ids of the batches that this call finished.
     """
-    query = select(Batch.c.id, Batch.c.project_id, Batch.c.state, Batch.c.total, Batch.c.cursor, Batch.c.source).where(
-        Batch.c.finished_at.is_(None), Batch.c.state.in_((BatchState.RUNNING, BatchState.CANCELLING))
-    )
+    query = _UNFINISHED
     if batch_ids is not None:
-        query = query.where(Batch.c.id.in_(list(batch_ids)))
+        query = query.where(among(conn, Batch.c.id, batch_ids))
     closed = []
     for row in conn.execute(query).all():
         if row.cursor < row.source.get("jobs", 0):
@@ -1246,6 +1277,11 @@ def close_batches(conn: Connection, batch_ids: Iterable[str] | None = None) -> l
             add_event(conn, f"batch.{state}", project_id=row.project_id, batch_id=row.id, data={"counts": dict(totals)})
             closed.append(row.id)
     return closed
+
+
+_UNFINISHED = select(Batch.c.id, Batch.c.project_id, Batch.c.state, Batch.c.total, Batch.c.cursor, Batch.c.source).where(
+    Batch.c.finished_at.is_(None), Batch.c.state.in_((BatchState.RUNNING, BatchState.CANCELLING))
+)
 
 
 # --- cancel, pause --------------------------------------------------------------------------------------------------

@@ -9,12 +9,14 @@ hold memory and make each job wait.
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cache
+from typing import Any
 
-from sqlalchemy import Connection, select
+from sqlalchemy import Connection, bindparam, select
 
 from db.models import GroupLimit, Worker
 from db.session import insert_for, now
-from db.sql import among
+from db.sql import among_given, packed
 
 STREAK = 16
 """Full micro-batches in a row at the learned size before a larger one is tried."""
@@ -173,8 +175,7 @@ def learn(conn: Connection, measured: Iterable[Measured]) -> dict[str, int]:
         by_row.setdefault((one.share_key, one.device[:40]), []).append(one)
     out: dict[str, int] = {}
     for (share_key, device), items in sorted(by_row.items()):
-        query = select(*_COLUMNS).where(GroupLimit.share_key == share_key, GroupLimit.device == device).with_for_update()
-        found = conn.execute(query).mappings().one_or_none()
+        found = conn.execute(_LIMIT, {"p_key": share_key, "p_device": device}).mappings().one_or_none()
         old = Limit(**found) if found else Limit()
         new = old
         # Failures last: a size that failed is not grown from by what succeeded before it.
@@ -205,10 +206,19 @@ _COLUMNS = (
 )  # fmt: skip
 
 
+_LIMIT = select(*_COLUMNS).where(GroupLimit.share_key == bindparam("p_key"), GroupLimit.device == bindparam("p_device")).with_for_update()
+
+
 def fitting(conn: Connection, share_key: str, device: str) -> int:
     """Largest micro-batch that is known to fit into a device's memory; 0 where no limit is known."""
     query = select(GroupLimit.most).where(GroupLimit.share_key == share_key, GroupLimit.device == device[:40])
     return int(conn.execute(query).scalar() or 0)
+
+
+@cache
+def _bounds(dialect: str) -> Any:
+    query = select(GroupLimit.share_key, GroupLimit.device, GroupLimit.most, GroupLimit.best, GroupLimit.learned_at)
+    return query.where(among_given(dialect, GroupLimit.share_key, "p_keys"), (GroupLimit.most > 0) | (GroupLimit.best > 0))
 
 
 def caps(conn: Connection, queue: str, share_keys: Iterable[str], at: float, worker_seen_s: float = 60.0) -> dict[str, int]:
@@ -227,8 +237,8 @@ def caps(conn: Connection, queue: str, share_keys: Iterable[str], at: float, wor
     Returns:
         ``share_key`` → most jobs, for those that have a bound.
     """
-    query = select(GroupLimit.share_key, GroupLimit.device, GroupLimit.most, GroupLimit.best, GroupLimit.learned_at)
-    rows = conn.execute(query.where(among(conn, GroupLimit.share_key, share_keys), (GroupLimit.most > 0) | (GroupLimit.best > 0))).all()
+    dialect = conn.dialect.name
+    rows = conn.execute(_bounds(dialect), {"p_keys": packed(dialect, share_keys)}).all()
     if not rows:
         return {}
     live = conn.execute(select(Worker.device, Worker.queues).where(Worker.seen_at > at - worker_seen_s)).all()

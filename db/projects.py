@@ -1,6 +1,6 @@
 """Projects."""
 
-from sqlalchemy import Connection, Row, select, update
+from sqlalchemy import Connection, Row, bindparam, select, update
 
 from contentfactory.ids import new_id
 from db.models import Project
@@ -9,12 +9,16 @@ from db.session import insert_for, now
 
 def ensure(conn: Connection, name: str) -> str:
     """The id of the project of that name, made if it is new."""
-    found = conn.execute(select(Project.id).where(Project.name == name)).scalar()
+    found: str | None = conn.execute(_NAMED, {"p_name": name}).scalar()
     if found:
         return found
     statement = insert_for(conn, Project).values(id=new_id("proj"), name=name, weight=1.0, paused=False, created_at=now())
     conn.execute(statement.on_conflict_do_nothing())
-    return conn.execute(select(Project.id).where(Project.name == name)).scalar_one()
+    made: str = conn.execute(_NAMED, {"p_name": name}).scalar_one()
+    return made
+
+
+_NAMED = select(Project.id).where(Project.name == bindparam("p_name"))
 
 
 def list_all(conn: Connection) -> list[Row[tuple[str, str, float, bool]]]:

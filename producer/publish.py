@@ -27,6 +27,11 @@ ENDED = "factory.ended"
 """Channel on which workers name interactive jobs that have ended. A hint, as everything on the broker: the ledger says how they ended."""
 
 
+def band(hint: "Hint") -> int:
+    """The band of `BANDS` in which a hint travels."""
+    return URGENT if hint.priority >= Priority.INTERACTIVE else AHEAD if hint.ahead else ORDINARY
+
+
 def celery_options() -> dict[str, Any]:
     """Settings that the sending and the working side must share; from here on this process checks what a broker hands out."""
     transport.install()
@@ -80,7 +85,7 @@ class Publisher:
             with self._redis.pipeline(transaction=False) as pipe:
                 messages = []
                 for hint in hints:
-                    priority = URGENT if hint.priority >= Priority.INTERACTIVE else AHEAD if hint.ahead else ORDINARY
+                    priority = band(hint)
                     messages.append(transport.hint_message(hint.kind, hint.ids, hint.queue, priority, hint.dispatched_at))
                     pipe.lpush(self._key(hint.queue, priority), json.dumps(messages[-1]))
                 for message in messages:

@@ -26,6 +26,7 @@ from worker.loading import LoadWatch, usage
 log = structlog.get_logger(__name__)
 Key = tuple[str, int]
 
+_CANCELLED = {"type": "cancelled", "code": "cancelled", "message": "cancelled while it ran"}
 LOAD_ALLOWANCE_S = 600.0
 """Silence allowed on top of the kind's limit until the first sign of progress: a model may have to be loaded or converted."""
 
@@ -263,6 +264,10 @@ class _Keeper:
         try:
             with self.database.write() as conn:
                 answer = lifecycle.heartbeat(conn, notes, self.settings.lease_s) if notes else None
+                # The child was told a beat ago and the job still runs: it shares a micro-batch that goes on, or its runner does
+                # not look. Whoever cancelled it need not wait for that.
+                for job_id, attempt in sorted(answer.cancelled & self.told) if answer else ():
+                    lifecycle.stop(conn, lifecycle.Stop(job_id, attempt, _CANCELLED))
                 lifecycle.report_worker(conn, self.worker, self.queues, self.device, len(notes), self.names)
         except ServiceUnavailable as error:
             # Nobody said 'not yours': the work goes on, and the reaper waits a lease after such an outage.

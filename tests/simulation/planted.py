@@ -204,9 +204,9 @@ def _reap_without_grace() -> Places:
 def _attempt_not_counted() -> Places:
     real = lifecycle.claim
 
-    def claim(conn: Any, ids: Any, worker: str, lease_s: float) -> list[Any]:
+    def claim(conn: Any, ids: Any, worker: str, lease_s: float, kind: str | None = None) -> list[Any]:
         out = []
-        for one in real(conn, ids, worker, lease_s):
+        for one in real(conn, ids, worker, lease_s, kind):
             if one.attempt > 1:
                 conn.execute(delete(Attempt).where(Attempt.job_id == one.id, Attempt.attempt == one.attempt - 1))
                 conn.execute(update(Attempt).where(Attempt.job_id == one.id, Attempt.attempt == one.attempt).values(attempt=one.attempt - 1))
@@ -224,8 +224,8 @@ def _claim_anyway(*where: Any) -> Callable[[], Places]:
     def places() -> Places:
         real = lifecycle.claim
 
-        def claim(conn: Any, ids: Any, worker: str, lease_s: float) -> list[Any]:
-            found = real(conn, ids, worker, lease_s)
+        def claim(conn: Any, ids: Any, worker: str, lease_s: float, kind: str | None = None) -> list[Any]:
+            found = real(conn, ids, worker, lease_s, kind)
             rest = sorted(set(ids) - {one.id for one in found})
             return found + _seize(conn, rest, worker, lease_s, *where)
 

@@ -23,6 +23,7 @@ from contentfactory.errors import ServiceUnavailable, StorageError
 from db import session
 from db.models import Base
 from db.session import Database
+from producer import publish
 from storage.memory import MemoryStore
 
 EPOCH = 1_700_000_000.0
@@ -478,7 +479,7 @@ class Broker:
         """Whether no hint was ever doubled, reordered or sent without the sender's knowledge."""
 
     def push(self, hint: Any) -> None:
-        band = 0 if hint.priority >= 100 else 1
+        band = publish.band(hint)
         self.past.append((hint.queue, band, hint))
         if self.world.happens("lose"):
             self.world.note("hint lost", hint.ids)
@@ -499,7 +500,7 @@ class Broker:
         """The next hint of these queues, waited for; None where the one who waits shall stop."""
         while not process.draining:
             if self.down_until <= self.world.now:
-                for band in (0, 1):
+                for band in publish.BANDS:
                     for queue in self.world.rng.sample(queues, len(queues)):
                         if self.lists[queue, band]:
                             return self.lists[queue, band].popleft()

@@ -405,3 +405,29 @@ def test_a_runner_that_hangs_after_its_lease_was_lost_is_ended(database, executo
     keeper.beat()
     keeper.watch()
     assert killed == [4711]
+
+
+def test_a_cancelled_member_of_a_micro_batch_does_not_wait_for_its_group(database, executor, make_jobs):
+    # Found by simulation: it stayed `running` until the neighbours had been computed and uploaded.
+    ids = make_jobs(3)
+    held = database.run(lambda conn: lifecycle.claim(conn, ids, "w", 30))
+    keeper = _Keeper(executor.settings)
+    keeper.database.close()
+    keeper.database, keeper.worker = database, "w"
+    group = frozenset((c.id, c.attempt) for c in held)
+    for key in group:
+        keeper.held[key] = _Held(60, 60, time.monotonic(), time.monotonic(), group=group)
+    database.run(lambda conn: lifecycle.cancel_jobs(conn, [ids[1]]))
+
+    def states():
+        with database.read() as conn:
+            found = dict(conn.execute(select(Job.id, Job.state)).all())
+        return [found[i] for i in ids]
+
+    keeper.beat()  # tells the child, which may end it itself
+    assert states() == ["running"] * 3
+    keeper.beat()
+    assert states() == ["running", "cancelled", "running"]
+    done = database.run(lambda conn: lifecycle.finish(conn, [lifecycle.Success(c.id, c.attempt) for c in held]))
+    assert sorted(done) == sorted([ids[0], ids[2]])
+    assert states() == ["succeeded", "cancelled", "succeeded"]

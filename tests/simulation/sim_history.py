@@ -661,6 +661,8 @@ class Checker:
         if not self.done or not self.artifacts or "sweeper" not in self.process:
             return
         kept = {artifact["object_key"] for artifact in self.artifacts}
+        # A timer's own sweep may be under way at this moment: what it has marked is that one's to delete.
+        kept |= {key for (key,) in self.stage.ledger.rows("SELECT object_key FROM doomed_objects")}
         for item in self.stage.objects.list("projects/"):
             # A worker that slept through everything puts its object when it wakes: that one is the next sweep's.
             if item.key not in kept and item.modified_at < self.stage.now - self.history.settings.sweep_window_s - 60:

@@ -316,29 +316,26 @@ def dispatch(conn: Connection, queue: str, *, cap_s: float, max_jobs: int = 4096
     if top_up and (full or (room_jobs <= 0 and (room_s < cap_s * workers / 2 or most < max_jobs * workers / 2))):
         return []
     candidates = waiting.candidates(conn, queue, at, window)
-    # Of these nothing is in flight, and their hints would stand behind seconds of other projects' work: each sends one past that.
-    strangers = waiting.strangers(conn, queue, candidates) if look.jobs else set()
+    if not candidates:
+        return []
+    fair = waiting.Fair(conn, queue, candidates, float(look.clock or 0.0), bool(look.jobs))
+    # Of these nothing is on the broker, and their hints would stand behind seconds of other projects' work: each sends one past that.
+    strangers = fair.strangers
     if full:
         bound = waiting.STRANGERS if look.jobs < 2 * max_jobs * workers else 0
         strangers = set(sorted(strangers)[:bound])
         candidates = {project: candidates[project] for project in strangers}
-    if not candidates:
-        return []
+        if not candidates:
+            return []
     spread = waiting.spread(conn, queue, candidates, workers)
     bounds = limits.caps(conn, queue, {key for rows in candidates.values() for key in rows.share_keys}, at, worker_seen_s)
     dialect = conn.dialect.name
-    known = waiting.shares(conn, queue, candidates)
-    weights = {row.id: max(row.weight, 1e-6) for row in known}
-    # A project that was idle joins at the level of the least advanced busy one: idleness earns no credit to burst with.
-    floor = min((row.virtual_seconds for row in known if row.virtual_seconds is not None), default=0.0)
-    virtual = {row.id: max(row.virtual_seconds or 0.0, floor) for row in known}
     hints: list[tuple[str, int, list[str], bool, bool]] = []
-    served: set[str] = set()
     taken = 0
     idle = int(look.jobs) == 0
     prefer = warm.Preference(conn, queue, at, worker_seen_s)
     while candidates and (full or ((room_s > 0 or room_jobs > 0) and taken < most)):
-        project = min(candidates, key=lambda p: (-candidates[p].head.priority, virtual.get(p, floor), p))
+        project = min(candidates, key=lambda p: (-candidates[p].head.priority, fair.virtual[p], p))
         rows = candidates[project].front(warm.AHEAD + 1)
         place, company = prefer.pick(project, rows)
         head = rows[place]
@@ -356,8 +353,7 @@ def dispatch(conn: Connection, queue: str, *, cap_s: float, max_jobs: int = 4096
         if place:
             prefer.passed(project, rows[0].id, len(group))
         cost = sum(row.seconds for row in group)
-        virtual[project] = virtual.get(project, floor) + cost / weights.get(project, 1.0)
-        served.add(project)
+        fair.charge(project, cost)
         room_s -= cost
         room_jobs -= len(group)
         taken += len(group)
@@ -370,8 +366,10 @@ def dispatch(conn: Connection, queue: str, *, cap_s: float, max_jobs: int = 4096
     ids = packed(dialect, (i for _, _, members, _, _ in hints for i in members))
     marked = set(conn.execute(_dispatched(dialect), {"p_ids": ids, "p_at": at}).scalars().all())
     conn.execute(
-        _shared(dialect), [{"queue": queue, "project_id": project, "virtual_seconds": virtual[project]} for project in sorted(served)]
+        _shared(dialect), [{"queue": queue, "project_id": p, "virtual_seconds": fair.virtual[p]} for p in sorted(fair.charged)]
     )
+    if fair.now() > float(look.clock or 0.0):
+        _set_mark(conn, waiting.clock_name(queue), fair.now())
     out = []
     for kind, priority, members, ahead, again in hints:
         kept = tuple(i for i in members if i in marked)

@@ -86,9 +86,11 @@ def hunt(simulated: Simulation, bug: Bug, first: int = 1) -> Catch | None:
 # --- pieces ---------------------------------------------------------------------------------------------------------
 
 
-def _seize(conn: Any, ids: Any, worker: str, lease_s: float, *where: Any) -> list[Any]:
-    """Claim these jobs without a look at what `claim` has to look at."""
+def _seize(conn: Any, ids: Any, worker: str, lease_s: float, kind: str | None, *where: Any) -> list[Any]:
+    """Claim these jobs of the kind without a look at what else `claim` has to look at."""
     waiting = Job.state.in_((JobState.QUEUED, JobState.DISPATCHED))
+    if kind is not None:
+        where = (*(where or (waiting,)), Job.kind == kind)
     taken = conn.execute(
         update(Job)
         .where(Job.id.in_(list(ids)), Job.run_after <= now(), *(where or (waiting,)))
@@ -227,7 +229,7 @@ def _claim_anyway(*where: Any) -> Callable[[], Places]:
         def claim(conn: Any, ids: Any, worker: str, lease_s: float, kind: str | None = None) -> list[Any]:
             found = real(conn, ids, worker, lease_s, kind)
             rest = sorted(set(ids) - {one.id for one in found})
-            return found + _seize(conn, rest, worker, lease_s, *where)
+            return found + _seize(conn, rest, worker, lease_s, kind, *where)
 
         return [(lifecycle, "claim", claim)]
 
@@ -296,7 +298,7 @@ def _key_ignored() -> Places:
 
 
 def _no_undispatch() -> Places:
-    return [(lifecycle, "undispatch", lambda conn, ids, **_: 0)]
+    return [(lifecycle, "undispatch", lambda conn, ids, delay_s=0.0: 0)]
 
 
 def _rescue_too_eager() -> Places:
@@ -307,8 +309,8 @@ def _rescue_too_eager() -> Places:
 def _cursor_in_its_own_transaction() -> Places:
     real = db.batches.advance
 
-    def advance(conn: Any, *args: Any) -> bool:
-        moved = real(conn, *args)
+    def advance(conn: Any, *args: Any, **options: Any) -> bool:
+        moved = real(conn, *args, **options)
         Stage.world.ledger.raw.execute("COMMIT")
         Stage.world.ledger.raw.execute("BEGIN IMMEDIATE")
         return moved

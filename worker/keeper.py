@@ -1,8 +1,8 @@
 """The keeper: a process of its own that renews a worker's leases, so that no model code can starve the heartbeat.
 
 The worker's child starts it and talks to it by lines of JSON. It renews leases, notes progress, tells of cancelled and lost
-jobs, kills a child that makes no progress, and gives the jobs of a child that died back at once, without waiting for their
-lease. ``python -m worker.keeper`` is its entry point; `Keeper` is the child's side of it.
+jobs, ends a cancelled one whose micro-batch goes on, kills a child that makes no progress, and gives the jobs of a child that died
+back at once, without waiting for their lease. ``python -m worker.keeper`` is its entry point; `Keeper` is the child's side of it.
 """
 
 import json
@@ -19,7 +19,7 @@ from typing import Any
 
 import structlog
 
-from contentfactory.errors import FactoryError, ServiceUnavailable
+from contentfactory.errors import FactoryError, JobCancelled, ServiceUnavailable
 from contentfactory.settings import Settings
 from worker.loading import LoadWatch, usage
 
@@ -275,12 +275,18 @@ class _Keeper:
             return
         if answer is None:
             return
+        overdue = answer.cancelled & self.told
         lost, cancelled = answer.lost - self.told, answer.cancelled - self.told
         if lost or cancelled:
             self.told |= lost | cancelled
             sys.stdout.write(json.dumps({"lost": sorted(lost), "cancelled": sorted(cancelled)}) + "\n")
             sys.stdout.flush()
-        # What is lost is watched on: its runner may hang, and then nobody else would ever free this worker.
+        if overdue:
+            # Told a beat ago, and its micro-batch still computes: who cancelled need not wait for the neighbours. The worker's
+            # own commit finds the job ended and leaves it so.
+            error = JobCancelled("the job was cancelled while it ran").to_dict()
+            self._ledger(lambda conn: [lifecycle.stop(conn, lifecycle.Stop(i, a, error)) for i, a in sorted(overdue)])
+        # What is lost or has ended is watched on: its runner may hang, and then nobody else would ever free this worker.
 
     def watch(self) -> None:
         """Kill the child if a runner went silent, or ran longer than its kind allows."""

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import json
 import threading
 import time
 
@@ -14,7 +15,7 @@ from contentfactory.jobs import spec as specs
 from contentfactory.jobs.spec import OutputRef, Params, Text, kind
 from contentfactory.settings import load_settings
 from db import jobs, lifecycle
-from db.models import Attempt, Job
+from db.models import Attempt, Event, Job
 from storage.memory import MemoryStore
 from worker import runners
 from worker.context import Failure, Output
@@ -405,3 +406,35 @@ def test_a_runner_that_hangs_after_its_lease_was_lost_is_ended(database, executo
     keeper.beat()
     keeper.watch()
     assert killed == [4711]
+
+
+def test_a_cancelled_job_does_not_wait_for_its_neighbours(database, executor, make_jobs, monkeypatch, capsys):
+    # Found by simulation: it stayed running until its micro-batch was committed, half a minute later.
+    gone, neighbour = make_jobs(2, kind="trial.act", params={"text": "slow"}, reuse=False)
+    keys = frozenset({(gone, 1), (neighbour, 1)})
+    keeper = _Keeper(executor.settings)
+    keeper.database.close()
+    keeper.database, keeper.worker = database, executor.worker
+    midway = []
+
+    def act(params, context):
+        keeper.held.update({key: _Held(60, 60, time.monotonic(), time.monotonic(), group=keys) for key in keys})
+        for job in range(2):
+            database.run(lambda conn: lifecycle.cancel_jobs(conn, [gone]))
+            keeper.beat()
+            midway.append(states(database, [gone, neighbour]))
+            yield Output(job, "text.txt", "text/plain", b"made")
+
+    monkeypatch.setitem(runners._RUNNERS, "trial.act", act)
+    executor.run("trial.act", [gone, neighbour])
+    executor.finishers.submit(lambda: None).result()
+    # One beat for the runner to stop by itself; by the next one the job has ended, and the commit of the group leaves it alone.
+    [told] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("{\"lost")]
+    assert json.loads(told) == {"lost": [], "cancelled": [[gone, 1]]}
+    assert midway == [["running", "running"], ["cancelled", "running"]]
+    assert states(database, [gone, neighbour]) == ["cancelled", "succeeded"]
+    with database.read() as conn:
+        assert set(jobs.artifacts(conn, [gone, neighbour])) == {neighbour}
+        assert dict(conn.execute(select(Attempt.job_id, Attempt.outcome)).all()) == {gone: "cancelled", neighbour: "succeeded"}
+        ends = conn.execute(select(Event.type).where(Event.job_id == gone, Event.type != "job.accepted")).scalars().all()
+        assert ends == ["job.cancelled"]

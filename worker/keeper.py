@@ -19,7 +19,7 @@ from typing import Any
 
 import structlog
 
-from contentfactory.errors import FactoryError, JobCancelled, ServiceUnavailable
+from contentfactory.errors import FactoryError, ServiceUnavailable
 from contentfactory.settings import Settings
 from worker.loading import LoadWatch, usage
 
@@ -264,10 +264,6 @@ class _Keeper:
         try:
             with self.database.write() as conn:
                 answer = lifecycle.heartbeat(conn, notes, self.settings.lease_s) if notes else None
-                # The child was told a beat ago and the job still runs: it shares a micro-batch that goes on, or its runner does
-                # not look. Whoever cancelled it need not wait for that.
-                for job_id, attempt in sorted(answer.cancelled & self.told) if answer else ():
-                    lifecycle.stop(conn, lifecycle.Stop(job_id, attempt, _CANCELLED))
                 lifecycle.report_worker(conn, self.worker, self.queues, self.device, len(notes), self.names)
         except ServiceUnavailable as error:
             # Nobody said 'not yours': the work goes on, and the reaper waits a lease after such an outage.
@@ -282,10 +278,10 @@ class _Keeper:
             sys.stdout.write(json.dumps({"lost": sorted(lost), "cancelled": sorted(cancelled)}) + "\n")
             sys.stdout.flush()
         if overdue:
-            # Told a beat ago, and its micro-batch still computes: who cancelled need not wait for the neighbours. The worker's
-            # own commit finds the job ended and leaves it so.
-            error = JobCancelled("the job was cancelled while it ran").to_dict()
-            self._ledger(lambda conn: [lifecycle.stop(conn, lifecycle.Stop(i, a, error)) for i, a in sorted(overdue)])
+            # The child was told a beat ago and the job still runs: it shares a micro-batch that goes on, or its runner does not
+            # look. Whoever cancelled it need not wait for that; the child's commit will find the job ended and leave it so. Not in
+            # the heartbeat's own transaction: that holds rows which the commit may want, and no lease shall lapse over a deadlock.
+            self._ledger(lambda conn: [lifecycle.stop(conn, lifecycle.Stop(i, a, _CANCELLED)) for i, a in sorted(overdue)])
         # What is lost or has ended is watched on: its runner may hang, and then nobody else would ever free this worker.
 
     def watch(self) -> None:

@@ -29,6 +29,8 @@ Key = tuple[str, int]
 _CANCELLED = {"type": "cancelled", "code": "cancelled", "message": "cancelled while it ran"}
 LOAD_ALLOWANCE_S = 600.0
 """Silence allowed on top of the kind's limit until the first sign of progress: a model may have to be loaded or converted."""
+REPORT_S = 10.0
+"""How often a worker about which nothing has changed reports itself; after 60 s without a report it counts as gone."""
 
 
 class Keeper:
@@ -189,6 +191,8 @@ class _Keeper:
         self.names: list[str] = []
         self.load: LoadWatch | None = None
         self.inbox: queue.Queue[dict[str, Any] | None] = queue.Queue()
+        self.reported: list[Any] = []
+        self.reported_at = 0.0
 
     def read(self) -> None:
         for line in sys.stdin:
@@ -261,14 +265,21 @@ class _Keeper:
         from db import lifecycle
 
         notes = {key: (h.fraction, h.message) for key, h in self.held.items()}
+        report = [self.worker, self.queues, self.device, len(notes), self.names]
+        fresh = report == self.reported and time.monotonic() - self.reported_at < REPORT_S
+        if fresh and not notes:
+            return
         try:
             with self.database.write() as conn:
                 answer = lifecycle.heartbeat(conn, notes, self.settings.lease_s) if notes else None
-                lifecycle.report_worker(conn, self.worker, self.queues, self.device, len(notes), self.names)
+                if not fresh:
+                    lifecycle.report_worker(conn, *report)
         except ServiceUnavailable as error:
             # Nobody said 'not yours': the work goes on, and the reaper waits a lease after such an outage.
             log.warning("heartbeat_failed", action="beat", error=error.message)
             return
+        if not fresh:
+            self.reported, self.reported_at = report, time.monotonic()
         if answer is None:
             return
         overdue = answer.cancelled & self.told

@@ -339,6 +339,11 @@ def _decide(error_class: str, **instead: Any) -> Callable[[], Places]:
 
 
 def _release_is_a_crash() -> Places:
+    real = lifecycle.decide
+    return [(lifecycle, "decide", lambda error_class, **options: real("crash" if error_class == "released" else error_class, **options))]
+
+
+def _neighbours_are_blamed() -> Places:
     real = lifecycle.crash
     return [(lifecycle, "crash", lambda conn, held, reason, *, released=False: real(conn, held, reason, released=False))]
 
@@ -388,6 +393,7 @@ BUGS = (
     Bug("group crash strikes all", "every member of a crashed group earns a strike", ("I9",), _decide("crash", group_size=1)),
     Bug("strikes without end", "strikes are never enough", ("I9",), _decide("crash", strikes=0)),
     Bug("release is a crash", "a worker that stops in order costs a strike", ("I9",), _release_is_a_crash),
+    Bug("neighbours are blamed", "a job that waits for its commit earns a strike when another ends the process", ("I9",), _neighbours_are_blamed),
 )  # fmt: skip
 """All of them; the first of each kind that issue 3 names are `NAMED`."""
 

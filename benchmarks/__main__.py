@@ -14,7 +14,7 @@ from pathlib import Path
 from benchmarks import report
 from benchmarks.harness import SIZES, Bench
 
-FAMILIES = ("queues", "accept", "rows", "latency", "scale", "workers", "storage", "models")
+FAMILIES = ("queues", "accept", "rows", "latency", "scale", "workers", "storage", "models", "startup")
 
 
 def main() -> int:

@@ -1,24 +1,20 @@
 """How long a person waits: for `factory --help`, and for `factory up` until everything answers.
 
-    python benchmarks/startup.py [--times 5]
-
-Prints a table and writes it as JSON. The first `factory up` of a state folder makes the database; the others are what counts. The
-phases are the supervisor's own: from each service's start to its first answer.
+The first `factory up` of a state folder makes the database; the others are what counts. The phases are the supervisor's own: from each
+service's start to its first answer.
 """
 
-import argparse
-import json
 import os
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
 import structlog
 from structlog.testing import capture_logs
 
+from benchmarks.harness import Bench
 from contentfactory.settings import load_settings
 from producer.supervisor import Supervisor
 
@@ -63,29 +59,22 @@ def phases(state: Path) -> dict[str, float]:
     return dict(sorted(seen.items(), key=lambda item: item[1]))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--times", type=int, default=5)
-    options = parser.parse_args()
-    folder = Path(tempfile.mkdtemp(prefix="factory-startup-"))
-    env = {**os.environ, "FACTORY_STATE_DIR": str(folder / "state"), "FACTORY_FLOWER_PORT": "0"}
-    helps = [help_s() for _ in range(options.times + 1)][1:]
-    ups = [up_s(env) for _ in range(options.times + 1)]
-    result = {
-        "help_s": {"median": statistics.median(helps), "worst": max(helps)},
-        "up_first_s": ups[0][0],
-        "up_s": {"median": statistics.median(u for u, _ in ups[1:]), "worst": max(u for u, _ in ups[1:])},
-        "down_s": {"median": statistics.median(d for _, d in ups[1:]), "worst": max(d for _, d in ups[1:])},
-        "phases_s": phases(folder / "state"),
-    }
-    for name, value in result.items():
-        if isinstance(value, dict):
-            print(f"{name:<12} " + "  ".join(f"{key} {seconds:.2f}" for key, seconds in value.items()))
-        else:
-            print(f"{name:<12} {value:.2f}")
-    (folder / "startup.json").write_text(json.dumps(result, indent=2))
-    print(f"written to {folder / 'startup.json'}")
-
-
-if __name__ == "__main__":
-    main()
+def run(bench: Bench) -> None:
+    if bench.wants("startup.help"):
+        with bench.case("startup.help", "factory --help, from the shell's point of view", "s", better="lower") as case:
+            helps = [help_s() for _ in range(bench.pick(2, 6, 20))][1:]  # the first one writes the compiled modules
+            case.sides["help"] = {}
+            for value in helps:
+                case.add("help", {"value": value})
+            case.check("median", statistics.median(helps), "<=", 0.25, "s")
+    if bench.wants("startup.up"):
+        with bench.case("startup.up", "factory up until every service has answered, after the first time", "s", better="lower") as case:
+            state = bench.folder / "startup"
+            env = {**os.environ, "FACTORY_STATE_DIR": str(state), "FACTORY_FLOWER_PORT": "0"}
+            times = [up_s(env) for _ in range(bench.pick(2, 4, 11))]
+            case.sides["up"] = {}
+            for ready, down in times[1:]:
+                case.add("up", {"value": ready, "down": down})
+            case.check("median", statistics.median(ready for ready, _ in times[1:]), "<=", 5.0, "s")
+            case.check("the first time, with its migrations", times[0][0], "<=", None, "s")
+            case.table("From the supervisor's start", ("service", "s"), list(phases(state).items()))

@@ -6,27 +6,23 @@ whether its commit took effect may repeat it: an update that finds no row in the
 
 import json
 import random
-from collections import Counter, defaultdict, deque
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from itertools import islice
 from typing import Any
 
 from sqlalchemy import (
     ColumnElement,
     Connection,
-    String,
     and_,
     bindparam,
-    cast,
     delete,
     func,
     insert,
     null,
     or_,
     select,
-    text,
     update,
 )
 
@@ -34,7 +30,7 @@ from contentfactory.errors import DependencyFailed, TransientError
 from contentfactory.ids import new_id
 from contentfactory.jobs.spec import RetryPolicy, get_kind
 from contentfactory.states import TERMINAL, BatchState, JobState, Priority
-from db import limits, warm
+from db import limits, waiting, warm
 from db.session import insert_for, now, upsert
 from db.sql import among, among_given, dumps, has_state, insert_rows, packed, was
 from db.tables import (
@@ -54,6 +50,7 @@ from db.tables import (
     Share,
     Worker,
 )
+from db.waiting import HELD_BATCHES, PAUSED_PROJECTS, statement_text
 
 CHUNK = 500
 """Ids in one statement: below SQLite's limit on variables, and short transactions on both."""
@@ -100,6 +97,8 @@ class Hint:
     dispatched_at: float
     ahead: bool = False
     """Whether it goes past the ordinary hints that wait: the first of a project that has none among them."""
+    again: bool = False
+    """Whether its first job was tried before: it has waited already, and goes past those that were not."""
 
 
 @dataclass(slots=True)
@@ -282,25 +281,6 @@ def add_event(conn: Connection, type_: str, *, project_id: str | None = None, ba
 # --- dispatch -------------------------------------------------------------------------------------------------------
 
 
-def queues_with_work(conn: Connection) -> list[str]:
-    """Queues that have queued jobs, found by skipping along the index."""
-    return _skip_scan(conn, "SELECT queue FROM jobs WHERE state = 'queued' AND queue > :after ORDER BY queue LIMIT 1", {})
-
-
-_text = cache(text)
-"""Statements in words, taken apart once."""
-
-
-def _skip_scan(conn: Connection, sql: str, params: dict[str, Any]) -> list[str]:
-    found: list[str] = []
-    after = ""
-    statement = _text(sql)
-    while (value := conn.execute(statement, {**params, "after": after}).scalar()) is not None:
-        found.append(value)
-        after = value
-    return found
-
-
 def dispatch(conn: Connection, queue: str, *, cap_s: float, max_jobs: int = 4096, window: int = 256,
              worker_seen_s: float = 60.0, top_up: bool = False) -> list[Hint]:  # fmt: skip
     """Turn queued rows into micro-batches and mark them ``dispatched``. Publish the hints after the commit.
@@ -324,9 +304,9 @@ def dispatch(conn: Connection, queue: str, *, cap_s: float, max_jobs: int = 4096
     if conn.dialect.name == "postgresql":
         # Dispatchers of one queue take turns; SQLite's write lock does the same.
         lock = "pg_try_advisory_xact_lock" if top_up else "pg_advisory_xact_lock"
-        if conn.execute(_text(f"SELECT {lock}(hashtext(:name))"), {"name": f"dispatch:{queue}"}).scalar() is False:
+        if conn.execute(statement_text(f"SELECT {lock}(hashtext(:name))"), {"name": f"dispatch:{queue}"}).scalar() is False:
             return []
-    look = conn.execute(_LOOK, {"queue": queue, "seen_s": worker_seen_s, "serves": f'%"{queue}"%'}).one()
+    look = waiting.look(conn, queue, worker_seen_s)
     if look.paused:
         return []
     at, workers = float(look.at), max(1, int(look.workers))
@@ -335,24 +315,24 @@ def dispatch(conn: Connection, queue: str, *, cap_s: float, max_jobs: int = 4096
     full = (room_s <= 0 and room_jobs <= 0) or most <= 0
     if top_up and (full or (room_jobs <= 0 and (room_s < cap_s * workers / 2 or most < max_jobs * workers / 2))):
         return []
-    candidates = _candidates(conn, queue, at, window)
+    candidates = waiting.candidates(conn, queue, at, window)
     # Of these nothing is in flight, and their hints would stand behind seconds of other projects' work: each sends one past that.
-    strangers = _strangers(conn, queue, candidates) if look.jobs else set()
+    strangers = waiting.strangers(conn, queue, candidates) if look.jobs else set()
     if full:
-        bound = STRANGERS if look.jobs < 2 * max_jobs * workers else 0
+        bound = waiting.STRANGERS if look.jobs < 2 * max_jobs * workers else 0
         strangers = set(sorted(strangers)[:bound])
         candidates = {project: candidates[project] for project in strangers}
     if not candidates:
         return []
-    spread = _spread(conn, queue, candidates, workers)
+    spread = waiting.spread(conn, queue, candidates, workers)
     bounds = limits.caps(conn, queue, {key for rows in candidates.values() for key in rows.share_keys}, at, worker_seen_s)
     dialect = conn.dialect.name
-    known = conn.execute(_shares_of(dialect), {"p_queue": queue, "p_projects": packed(dialect, candidates)}).all()
+    known = waiting.shares(conn, queue, candidates)
     weights = {row.id: max(row.weight, 1e-6) for row in known}
     # A project that was idle joins at the level of the least advanced busy one: idleness earns no credit to burst with.
     floor = min((row.virtual_seconds for row in known if row.virtual_seconds is not None), default=0.0)
     virtual = {row.id: max(row.virtual_seconds or 0.0, floor) for row in known}
-    hints: list[tuple[str, int, list[str], bool]] = []
+    hints: list[tuple[str, int, list[str], bool, bool]] = []
     served: set[str] = set()
     taken = 0
     idle = int(look.jobs) == 0
@@ -381,32 +361,23 @@ def dispatch(conn: Connection, queue: str, *, cap_s: float, max_jobs: int = 4096
         room_s -= cost
         room_jobs -= len(group)
         taken += len(group)
-        hints.append((head.kind, head.priority, [row.id for row in group], project in strangers))
+        hints.append((head.kind, head.priority, [row.id for row in group], project in strangers, head.attempt > 0))
         strangers.discard(project)
         idle = False
     if not hints:
         return []
     prefer.save()
-    ids = packed(dialect, (i for _, _, members, _ in hints for i in members))
+    ids = packed(dialect, (i for _, _, members, _, _ in hints for i in members))
     marked = set(conn.execute(_dispatched(dialect), {"p_ids": ids, "p_at": at}).scalars().all())
     conn.execute(
         _shared(dialect), [{"queue": queue, "project_id": project, "virtual_seconds": virtual[project]} for project in sorted(served)]
     )
     out = []
-    for kind, priority, members, ahead in hints:
+    for kind, priority, members, ahead, again in hints:
         kept = tuple(i for i in members if i in marked)
         if kept:
-            out.append(Hint(kind, queue, priority, kept, at, ahead))
+            out.append(Hint(kind, queue, priority, kept, at, ahead, again))
     return out
-
-
-@cache
-def _shares_of(dialect: str) -> Any:
-    return (
-        select(Project.c.id, Project.c.weight, Share.c.virtual_seconds)
-        .outerjoin(Share, and_(Share.c.project_id == Project.c.id, Share.c.queue == bindparam("p_queue")))
-        .where(among_given(dialect, Project.c.id, "p_projects"))
-    )
 
 
 @cache
@@ -425,130 +396,6 @@ def _shared(dialect: str) -> Any:
     return statement.on_conflict_do_update(
         index_elements=[Share.c.queue, Share.c.project_id], set_={"virtual_seconds": statement.excluded.virtual_seconds}
     )
-
-
-_HELD_BATCHES = select(Batch.c.id).where(Batch.c.finished_at.is_(None), or_(Batch.c.paused, Batch.c.state == BatchState.CANCELLING))
-_PAUSED_PROJECTS = select(Project.c.id).where(Project.c.paused)
-_QUEUED = (
-    select(Job.c.id, Job.c.kind, Job.c.priority, Job.c.share_key, Job.c.seconds, Job.c.group_limit, Job.c.created_at, Job.c.run_after, Job.c.model)
-    .where(has_state(JobState.QUEUED), Job.c.queue == bindparam("p_queue"), Job.c.project_id == bindparam("p_project"))
-    .where(Job.c.run_after <= bindparam("p_at"), or_(Job.c.batch_id.is_(None), Job.c.batch_id.not_in(_HELD_BATCHES)))
-    .order_by(Job.c.band, Job.c.rank, Job.c.id)
-    .limit(bindparam("p_most"))
-)
-"""A project's waiting jobs in their order."""
-_LOOK = select(
-    now().label("at"),
-    select(Queue.c.paused).where(Queue.c.name == bindparam("queue")).scalar_subquery().label("paused"),
-    select(func.coalesce(func.sum(Job.c.seconds), 0.0)).where(Job.c.queue == bindparam("queue"), has_state(JobState.DISPATCHED))
-    .scalar_subquery().label("seconds"),
-    select(func.count()).where(Job.c.queue == bindparam("queue"), has_state(JobState.DISPATCHED)).scalar_subquery().label("jobs"),
-    select(func.count()).where(Worker.c.seen_at > now() - bindparam("seen_s"), cast(Worker.c.queues, String).like(bindparam("serves")))
-    .scalar_subquery().label("workers"),
-)  # fmt: skip
-"""All that a dispatcher must know of a queue, in one round trip."""
-STRANGERS = 64
-"""Projects that may each have a micro-batch in the broker though it holds all that it should."""
-_IN_FLIGHT = select(Job.c.project_id).distinct().where(Job.c.queue == bindparam("queue"), has_state(JobState.DISPATCHED))
-
-
-def _strangers(conn: Connection, queue: str, projects: Iterable[str]) -> set[str]:
-    return set(projects) - set(conn.execute(_IN_FLIGHT, {"queue": queue}).scalars())
-
-
-def _spread(conn: Connection, queue: str, candidates: Mapping[str, "_Waiting"], workers: int) -> dict[str, int]:
-    """Most jobs of a micro-batch by ``share_key``, so that the last jobs of a queue keep all of its workers busy and not one of them.
-
-    While every worker can have a full micro-batch there is no such bound.
-    """
-    if workers < 2:
-        return {}
-    alike: Counter[str] = Counter()
-    for rows in candidates.values():
-        alike.update(rows.sizes())
-    seen = sum(alike.values())
-    most = workers * max(get_kind(rows.head.kind).max_group for rows in candidates.values())
-    ahead = select(Job.c.id).where(has_state(JobState.QUEUED), Job.c.queue == queue).limit(most).subquery()
-    waiting = seen if seen >= most else int(conn.execute(select(func.count()).select_from(ahead)).scalar_one())
-    if waiting >= most:
-        return {}
-    return {key: -(-n * max(waiting, seen) // (seen * workers)) for key, n in alike.items()}
-
-
-class _Waiting:
-    """Queued rows of one project in their order, taken a micro-batch at a time."""
-
-    def __init__(self, rows: Sequence[Any]) -> None:
-        self._rows = rows
-        self._next = 0
-        self._taken: set[str] = set()
-        self._alike: dict[tuple[str, int], deque[Any]] = defaultdict(deque)
-        for row in rows:
-            self._alike[(row.share_key, row.priority)].append(row)
-
-    def __bool__(self) -> bool:
-        while self._next < len(self._rows) and self._rows[self._next].id in self._taken:
-            self._next += 1
-        return self._next < len(self._rows)
-
-    @property
-    def head(self) -> Any:
-        """The row that is served next; ask whether there is one first."""
-        bool(self)
-        return self._rows[self._next]
-
-    def sizes(self) -> Counter[str]:
-        """Rows by what they could share."""
-        return Counter({key: len(rows) for (key, _), rows in self._alike.items()})
-
-    @property
-    def share_keys(self) -> set[str]:
-        """What the rows could share."""
-        return {key for key, _ in self._alike}
-
-    def front(self, count: int) -> list[Any]:
-        """The next rows in their order; ask whether there is one first."""
-        bool(self)
-        found: list[Any] = []
-        for row in islice(self._rows, self._next, None):
-            if row.id not in self._taken:
-                found.append(row)
-                if len(found) == count:
-                    break
-        return found
-
-    def take(self, head: Any, most: int) -> list[Any]:
-        """A row and those behind it that may share its forward pass, at most so many; each row may bound its company."""
-        alike = self._alike[(head.share_key, head.priority)]
-        group: list[Any] = []
-        left: list[Any] = []
-        while alike and len(group) < most:
-            row = alike.popleft()
-            if group and row.group_limit and len(group) >= row.group_limit:
-                left.append(row)
-                continue
-            group.append(row)
-            most = min(most, row.group_limit or most)
-        alike.extendleft(reversed(left))
-        self._taken.update(row.id for row in group)
-        return group
-
-
-def _candidates(conn: Connection, queue: str, at: float, window: int) -> dict[str, _Waiting]:
-    sql = "SELECT project_id FROM jobs WHERE state = 'queued' AND queue = :queue AND project_id > :after ORDER BY queue, project_id LIMIT 1"
-    projects = _skip_scan(conn, sql, {"queue": queue})
-    if not projects:
-        return {}
-    paused = set(conn.execute(_PAUSED_PROJECTS).scalars())
-    per_project = max(32, min(window, 8192 // len(projects)))
-    found: dict[str, _Waiting] = {}
-    for project in projects:
-        if project in paused:
-            continue
-        rows = conn.execute(_QUEUED, {"p_queue": queue, "p_project": project, "p_at": at, "p_most": per_project}).all()
-        if rows:
-            found[project] = _Waiting(rows)
-    return found
 
 
 def undispatch(conn: Connection, ids: Sequence[str], delay_s: float = 0.0) -> int:
@@ -638,8 +485,8 @@ def _claim(dialect: str, one_kind: bool) -> Any:
 def _held() -> ColumnElement[bool]:
     """Whether a job's batch, project or queue is paused or being cancelled."""
     return or_(
-        and_(Job.c.batch_id.is_not(None), Job.c.batch_id.in_(_HELD_BATCHES)),
-        Job.c.project_id.in_(_PAUSED_PROJECTS),
+        and_(Job.c.batch_id.is_not(None), Job.c.batch_id.in_(HELD_BATCHES)),
+        Job.c.project_id.in_(PAUSED_PROJECTS),
         Job.c.queue.in_(select(Queue.c.name).where(Queue.c.paused)),
     )
 
@@ -850,7 +697,7 @@ def refuse_doomed(conn: Connection, keys: Collection[str], jobs: Sequence[str] =
         return
     dialect = conn.dialect.name
     if dialect == "postgresql":
-        conn.execute(_text("SELECT pg_advisory_xact_lock_shared(hashtext('factory:sweep'))"))
+        conn.execute(statement_text("SELECT pg_advisory_xact_lock_shared(hashtext('factory:sweep'))"))
     newest = conn.execute(_newest_mark(dialect), {"p_keys": packed(dialect, keys)}).one_or_none()
     if newest is None:
         return

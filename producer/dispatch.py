@@ -7,7 +7,7 @@ import structlog
 
 from contentfactory.errors import ServiceUnavailable
 from contentfactory.settings import Settings
-from db import lifecycle
+from db import lifecycle, waiting
 from db.session import Database
 from producer.publish import Publisher
 
@@ -44,7 +44,7 @@ class Dispatcher:
         """
         if queues is None:
             with self.database.read() as conn:
-                queues = lifecycle.queues_with_work(conn)
+                queues = waiting.queues_with_work(conn)
         sent = 0
         for queue in queues:
             window = LOOK

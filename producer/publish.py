@@ -1,4 +1,4 @@
-"""Hints on the broker: Celery messages that carry ids, in three bands of priority per queue."""
+"""Hints on the broker: Celery messages that carry ids, in four bands of priority per queue."""
 
 import json
 import time
@@ -18,9 +18,10 @@ if TYPE_CHECKING:
     # Not loaded: Flower and a worker's parent come through here and never touch the ledger.
     from db.lifecycle import Hint
 
-URGENT, AHEAD, ORDINARY = BANDS = 0, 3, 9
+URGENT, AHEAD, AGAIN, ORDINARY = BANDS = 0, 3, 6, 9
 """Redis priorities: 0 leaves first. Interactive jobs overtake the bulk work that waits in the broker, and so does the first micro-batch
-of a project of which nothing waits there: another's million jobs cost it the micro-batches that run, not those that wait."""
+of a project of which nothing waits there: another's million jobs cost it the micro-batches that run, not those that wait. Jobs that
+come back, from a worker that died say, are not made to wait for all of it a second time."""
 
 _SEPARATOR = "\x06\x16"
 ENDED = "factory.ended"
@@ -29,7 +30,9 @@ ENDED = "factory.ended"
 
 def band(hint: "Hint") -> int:
     """The band of `BANDS` in which a hint travels."""
-    return URGENT if hint.priority >= Priority.INTERACTIVE else AHEAD if hint.ahead else ORDINARY
+    if hint.priority >= Priority.INTERACTIVE:
+        return URGENT
+    return AHEAD if hint.ahead else AGAIN if hint.again else ORDINARY
 
 
 def celery_options() -> dict[str, Any]:

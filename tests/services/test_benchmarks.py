@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 FAMILIES = {
     # The peers' packages are not part of this environment; the other kinds take the same way as this one, and minutes.
     "queues": ["--only", "queues.end_to_end", "--sides", "folder"], "models": ["--only", "models.embed"],
-    "accept": [], "rows": [], "latency": [], "scale": [], "workers": [], "storage": [],
+    "accept": [], "rows": [], "latency": [], "scale": [], "workers": [], "storage": [], "startup": [],
 }  # fmt: skip
 
 

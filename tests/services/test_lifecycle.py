@@ -2,16 +2,18 @@
 
 import threading
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 from sqlalchemy import func, select, update
 
 from contentfactory.ids import new_id
 from contentfactory.states import JobState
-from db import batches, jobs, lifecycle, migrate, projects
+from db import batches, jobs, lifecycle, migrate, projects, waiting
 from db.lifecycle import NewArtifact, Stop, Success
 from db.models import Artifact, Attempt, Batch, Event, Job, Mark
 from db.session import now
+from producer.publish import BANDS, band
 
 
 def state_of(database, job_id):
@@ -143,12 +145,23 @@ def test_only_the_first_micro_batch_of_a_project_goes_ahead(database, project, m
     assert sorted(owners) == sorted([(project, False)] * 2 + [(other, True), (other, False)])
 
 
+def test_a_job_that_comes_back_goes_past_those_that_were_not_tried(database, make_jobs):
+    [job] = make_jobs(1, share_key="x")
+    make_jobs(1, share_key="y")
+    first, _ = dispatch(database)
+    [held] = claim(database, first.ids, "w")
+    fail(database, held, "released")
+    [back] = dispatch(database)
+    assert (back.ids, back.again) == ((job,), True) and not first.again
+    assert [band(replace(back, priority=p, ahead=a, again=g)) for p, a, g in ((100, 0, 1), (0, 1, 1), (0, 0, 1), (0, 0, 0))] == list(BANDS)
+
+
 def test_many_projects_do_not_flood_a_full_broker(database, make_jobs):
     make_jobs(64, seconds=1.0)
     dispatch(database, cap_s=30)
-    for n in range(lifecycle.STRANGERS + 2):
+    for n in range(waiting.STRANGERS + 2):
         make_jobs(1, project_id=database.run(lambda conn, n=n: projects.ensure(conn, f"p{n}")))
-    assert len(dispatch(database, cap_s=30)) == lifecycle.STRANGERS
+    assert len(dispatch(database, cap_s=30)) == waiting.STRANGERS
 
 
 def test_a_second_claim_gets_nothing(database, make_jobs):

@@ -435,6 +435,7 @@ def test_64_mib_on_a_channel_do_not_stop_a_worker(rig):
 
 
 def test_a_lost_subscription_is_made_anew(rig):
+    rig.until(lambda: rig.redis.execute_command("CLIENT", "LIST", "TYPE", "pubsub"))  # the worker has subscribed
     killed = rig.redis.execute_command("CLIENT", "KILL", "TYPE", "pubsub")
     assert killed >= 1
     time.sleep(1)

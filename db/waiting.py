@@ -1,0 +1,183 @@
+"""Queued rows as a dispatcher sees them: which there are, in which order, and what may go together. Nothing here writes."""
+
+from collections import Counter, defaultdict, deque
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
+from itertools import islice
+from typing import Any
+
+from sqlalchemy import Connection, String, and_, bindparam, cast, func, or_, select, text
+
+from contentfactory.jobs.spec import get_kind
+from contentfactory.states import BatchState, JobState
+from db.session import now
+from db.sql import among_given, has_state, packed
+from db.tables import Batch, Job, Project, Queue, Share, Worker
+
+
+def queues_with_work(conn: Connection) -> list[str]:
+    """Queues that have queued jobs, found by skipping along the index."""
+    return _skip_scan(conn, "SELECT queue FROM jobs WHERE state = 'queued' AND queue > :after ORDER BY queue LIMIT 1", {})
+
+
+statement_text = cache(text)
+"""Statements in words, taken apart once."""
+
+
+def _skip_scan(conn: Connection, sql: str, params: dict[str, Any]) -> list[str]:
+    found: list[str] = []
+    after = ""
+    statement = statement_text(sql)
+    while (value := conn.execute(statement, {**params, "after": after}).scalar()) is not None:
+        found.append(value)
+        after = value
+    return found
+
+
+HELD_BATCHES = select(Batch.c.id).where(Batch.c.finished_at.is_(None), or_(Batch.c.paused, Batch.c.state == BatchState.CANCELLING))
+PAUSED_PROJECTS = select(Project.c.id).where(Project.c.paused)
+_QUEUED = (
+    select(
+        Job.c.id, Job.c.kind, Job.c.priority, Job.c.share_key, Job.c.seconds, Job.c.group_limit, Job.c.created_at, Job.c.run_after,
+        Job.c.model, Job.c.attempt,
+    )
+    .where(has_state(JobState.QUEUED), Job.c.queue == bindparam("p_queue"), Job.c.project_id == bindparam("p_project"))
+    .where(Job.c.run_after <= bindparam("p_at"), or_(Job.c.batch_id.is_(None), Job.c.batch_id.not_in(HELD_BATCHES)))
+    .order_by(Job.c.band, Job.c.rank, Job.c.id)
+    .limit(bindparam("p_most"))
+)  # fmt: skip
+"""A project's waiting jobs in their order."""
+_LOOK = select(
+    now().label("at"),
+    select(Queue.c.paused).where(Queue.c.name == bindparam("queue")).scalar_subquery().label("paused"),
+    select(func.coalesce(func.sum(Job.c.seconds), 0.0)).where(Job.c.queue == bindparam("queue"), has_state(JobState.DISPATCHED))
+    .scalar_subquery().label("seconds"),
+    select(func.count()).where(Job.c.queue == bindparam("queue"), has_state(JobState.DISPATCHED)).scalar_subquery().label("jobs"),
+    select(func.count()).where(Worker.c.seen_at > now() - bindparam("seen_s"), cast(Worker.c.queues, String).like(bindparam("serves")))
+    .scalar_subquery().label("workers"),
+)  # fmt: skip
+"""All that a dispatcher must know of a queue, in one round trip."""
+STRANGERS = 64
+"""Projects that may each have a micro-batch in the broker though it holds all that it should."""
+_IN_FLIGHT = select(Job.c.project_id).distinct().where(Job.c.queue == bindparam("queue"), has_state(JobState.DISPATCHED))
+
+
+def look(conn: Connection, queue: str, worker_seen_s: float) -> Any:
+    """A queue in one round trip: time (``at``), ``paused``, ``seconds`` and ``jobs`` in the broker, live ``workers``."""
+    return conn.execute(_LOOK, {"queue": queue, "seen_s": worker_seen_s, "serves": f'%"{queue}"%'}).one()
+
+
+def shares(conn: Connection, queue: str, projects: Iterable[str]) -> Sequence[Any]:
+    """Weight and virtual time (None where it has none yet) of each project."""
+    dialect = conn.dialect.name
+    return conn.execute(_shares_of(dialect), {"p_queue": queue, "p_projects": packed(dialect, projects)}).all()
+
+
+@cache
+def _shares_of(dialect: str) -> Any:
+    return (
+        select(Project.c.id, Project.c.weight, Share.c.virtual_seconds)
+        .outerjoin(Share, and_(Share.c.project_id == Project.c.id, Share.c.queue == bindparam("p_queue")))
+        .where(among_given(dialect, Project.c.id, "p_projects"))
+    )
+
+
+def strangers(conn: Connection, queue: str, projects: Iterable[str]) -> set[str]:
+    """Those of the projects of which nothing is in the broker."""
+    return set(projects) - set(conn.execute(_IN_FLIGHT, {"queue": queue}).scalars())
+
+
+def spread(conn: Connection, queue: str, candidates: Mapping[str, "Waiting"], workers: int) -> dict[str, int]:
+    """Most jobs of a micro-batch by ``share_key``, so that the last jobs of a queue keep all of its workers busy and not one of them.
+
+    While every worker can have a full micro-batch there is no such bound.
+    """
+    if workers < 2:
+        return {}
+    alike: Counter[str] = Counter()
+    for rows in candidates.values():
+        alike.update(rows.sizes())
+    seen = sum(alike.values())
+    most = workers * max(get_kind(rows.head.kind).max_group for rows in candidates.values())
+    ahead = select(Job.c.id).where(has_state(JobState.QUEUED), Job.c.queue == queue).limit(most).subquery()
+    waiting = seen if seen >= most else int(conn.execute(select(func.count()).select_from(ahead)).scalar_one())
+    if waiting >= most:
+        return {}
+    return {key: -(-n * max(waiting, seen) // (seen * workers)) for key, n in alike.items()}
+
+
+class Waiting:
+    """Queued rows of one project in their order, taken a micro-batch at a time."""
+
+    def __init__(self, rows: Sequence[Any]) -> None:
+        self._rows = rows
+        self._next = 0
+        self._taken: set[str] = set()
+        self._alike: dict[tuple[str, int], deque[Any]] = defaultdict(deque)
+        for row in rows:
+            self._alike[(row.share_key, row.priority)].append(row)
+
+    def __bool__(self) -> bool:
+        while self._next < len(self._rows) and self._rows[self._next].id in self._taken:
+            self._next += 1
+        return self._next < len(self._rows)
+
+    @property
+    def head(self) -> Any:
+        """The row that is served next; ask whether there is one first."""
+        bool(self)
+        return self._rows[self._next]
+
+    def sizes(self) -> Counter[str]:
+        """Rows by what they could share."""
+        return Counter({key: len(rows) for (key, _), rows in self._alike.items()})
+
+    @property
+    def share_keys(self) -> set[str]:
+        """What the rows could share."""
+        return {key for key, _ in self._alike}
+
+    def front(self, count: int) -> list[Any]:
+        """The next rows in their order; ask whether there is one first."""
+        bool(self)
+        found: list[Any] = []
+        for row in islice(self._rows, self._next, None):
+            if row.id not in self._taken:
+                found.append(row)
+                if len(found) == count:
+                    break
+        return found
+
+    def take(self, head: Any, most: int) -> list[Any]:
+        """A row and those behind it that may share its forward pass, at most so many; each row may bound its company."""
+        alike = self._alike[(head.share_key, head.priority)]
+        group: list[Any] = []
+        left: list[Any] = []
+        while alike and len(group) < most:
+            row = alike.popleft()
+            if group and row.group_limit and len(group) >= row.group_limit:
+                left.append(row)
+                continue
+            group.append(row)
+            most = min(most, row.group_limit or most)
+        alike.extendleft(reversed(left))
+        self._taken.update(row.id for row in group)
+        return group
+
+
+def candidates(conn: Connection, queue: str, at: float, window: int) -> dict[str, Waiting]:
+    """The waiting jobs of each project that is not paused, at most ``window`` of one, those that are due."""
+    sql = "SELECT project_id FROM jobs WHERE state = 'queued' AND queue = :queue AND project_id > :after ORDER BY queue, project_id LIMIT 1"
+    projects = _skip_scan(conn, sql, {"queue": queue})
+    if not projects:
+        return {}
+    paused = set(conn.execute(PAUSED_PROJECTS).scalars())
+    per_project = max(32, min(window, 8192 // len(projects)))
+    found: dict[str, Waiting] = {}
+    for project in projects:
+        if project in paused:
+            continue
+        rows = conn.execute(_QUEUED, {"p_queue": queue, "p_project": project, "p_at": at, "p_most": per_project}).all()
+        if rows:
+            found[project] = Waiting(rows)
+    return found

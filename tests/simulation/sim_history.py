@@ -282,6 +282,8 @@ class History:
         n = 0
         while self.blows and stage.now < end:
             stage.sleep(min(rng.expovariate(1 / 8.0), end - stage.now))
+            if stage.now >= end:
+                break
             alive = [p for p in crew.workers if p.alive]
             victim = rng.choice(alive) if alive else None
             keeper = getattr(victim, "keeper", None)
@@ -383,6 +385,7 @@ class History:
     def tidy(self) -> None:
         """Long after, one sweep: what nothing refers to goes, and nothing else (I18)."""
         stage = self.stage
+        self.crew.thaw()  # all was done before the chaos had ended
         stage.now += self.settings.sweep_window_s + 100
         process = stage.process("sweeper", "sweeper")
         process.skew = 0.0

@@ -20,7 +20,7 @@ from storage.memory import MemoryStore
 from worker import runners
 from worker.context import Failure, Output
 from worker.execution import Executor, classify
-from worker.keeper import _Held, _Keeper
+from worker.keeper import REPORT_S, _Held, _Keeper
 
 seen: list[list[str]] = []
 
@@ -438,3 +438,30 @@ def test_a_cancelled_job_does_not_wait_for_its_neighbours(database, executor, ma
         assert dict(conn.execute(select(Attempt.job_id, Attempt.outcome)).all()) == {gone: "cancelled", neighbour: "succeeded"}
         ends = conn.execute(select(Event.type).where(Event.job_id == gone, Event.type != "job.accepted")).scalars().all()
         assert ends == ["job.cancelled"]
+
+
+def test_an_idle_keeper_writes_what_is_new_and_now_and_then_that_it_lives(database, executor, monkeypatch):
+    keeper = _Keeper(executor.settings)
+    keeper.database.close()
+    keeper.database, keeper.worker = database, "w"
+    real, reports = lifecycle.report_worker, []
+
+    def report(conn, *values):
+        reports.append(values[-1])
+        real(conn, *values)
+
+    monkeypatch.setattr(lifecycle, "report_worker", report)
+    for _ in range(3):
+        keeper.beat()
+    assert reports == [[]]
+    keeper.names = ["a model"]
+    keeper.beat()
+    assert reports == [[], ["a model"]]
+    with monkeypatch.context() as away:
+        away.setattr(database, "write", lambda: (_ for _ in ()).throw(ServiceUnavailable("away")))
+        keeper.names = []
+        keeper.beat()
+    keeper.beat()  # what could not be told is told as soon as it can
+    keeper.reported_at -= REPORT_S
+    keeper.beat()
+    assert reports == [[], ["a model"], [], []]

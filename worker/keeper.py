@@ -1,8 +1,8 @@
 """The keeper: a process of its own that renews a worker's leases, so that no model code can starve the heartbeat.
 
 The worker's child starts it and talks to it by lines of JSON. It renews leases, notes progress, tells of cancelled and lost
-jobs, kills a child that makes no progress, and gives the jobs of a child that died back at once, without waiting for their
-lease. ``python -m worker.keeper`` is its entry point; `Keeper` is the child's side of it.
+jobs, ends a cancelled one whose micro-batch goes on, kills a child that makes no progress, and gives the jobs of a child that died
+back at once, without waiting for their lease. ``python -m worker.keeper`` is its entry point; `Keeper` is the child's side of it.
 """
 
 import json
@@ -29,6 +29,8 @@ Key = tuple[str, int]
 _CANCELLED = {"type": "cancelled", "code": "cancelled", "message": "cancelled while it ran"}
 LOAD_ALLOWANCE_S = 600.0
 """Silence allowed on top of the kind's limit until the first sign of progress: a model may have to be loaded or converted."""
+REPORT_S = 10.0
+"""How often a worker about which nothing has changed reports itself; after 60 s without a report it counts as gone."""
 
 
 class Keeper:
@@ -189,6 +191,8 @@ class _Keeper:
         self.names: list[str] = []
         self.load: LoadWatch | None = None
         self.inbox: queue.Queue[dict[str, Any] | None] = queue.Queue()
+        self.reported: list[Any] = []
+        self.reported_at = 0.0
 
     def read(self) -> None:
         for line in sys.stdin:
@@ -261,26 +265,35 @@ class _Keeper:
         from db import lifecycle
 
         notes = {key: (h.fraction, h.message) for key, h in self.held.items()}
+        report = [self.worker, self.queues, self.device, len(notes), self.names]
+        fresh = report == self.reported and time.monotonic() - self.reported_at < REPORT_S
+        if fresh and not notes:
+            return
         try:
             with self.database.write() as conn:
                 answer = lifecycle.heartbeat(conn, notes, self.settings.lease_s) if notes else None
-                # The child was told a beat ago and the job still runs: it shares a micro-batch that goes on, or its runner does
-                # not look. Whoever cancelled it need not wait for that.
-                for job_id, attempt in sorted(answer.cancelled & self.told) if answer else ():
-                    lifecycle.stop(conn, lifecycle.Stop(job_id, attempt, _CANCELLED))
-                lifecycle.report_worker(conn, self.worker, self.queues, self.device, len(notes), self.names)
+                if not fresh:
+                    lifecycle.report_worker(conn, *report)
         except ServiceUnavailable as error:
             # Nobody said 'not yours': the work goes on, and the reaper waits a lease after such an outage.
             log.warning("heartbeat_failed", action="beat", error=error.message)
             return
+        if not fresh:
+            self.reported, self.reported_at = report, time.monotonic()
         if answer is None:
             return
+        overdue = answer.cancelled & self.told
         lost, cancelled = answer.lost - self.told, answer.cancelled - self.told
         if lost or cancelled:
             self.told |= lost | cancelled
             sys.stdout.write(json.dumps({"lost": sorted(lost), "cancelled": sorted(cancelled)}) + "\n")
             sys.stdout.flush()
-        # What is lost is watched on: its runner may hang, and then nobody else would ever free this worker.
+        if overdue:
+            # The child was told a beat ago and the job still runs: it shares a micro-batch that goes on, or its runner does not
+            # look. Whoever cancelled it need not wait for that; the child's commit will find the job ended and leave it so. Not in
+            # the heartbeat's own transaction: that holds rows which the commit may want, and no lease shall lapse over a deadlock.
+            self._ledger(lambda conn: [lifecycle.stop(conn, lifecycle.Stop(i, a, _CANCELLED)) for i, a in sorted(overdue)])
+        # What is lost or has ended is watched on: its runner may hang, and then nobody else would ever free this worker.
 
     def watch(self) -> None:
         """Kill the child if a runner went silent, or ran longer than its kind allows."""

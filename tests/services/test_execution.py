@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import json
 import threading
 import time
 
@@ -14,12 +15,12 @@ from contentfactory.jobs import spec as specs
 from contentfactory.jobs.spec import OutputRef, Params, Text, kind
 from contentfactory.settings import load_settings
 from db import jobs, lifecycle
-from db.models import Attempt, Job
+from db.models import Attempt, Event, Job
 from storage.memory import MemoryStore
 from worker import runners
 from worker.context import Failure, Output
 from worker.execution import Executor, classify
-from worker.keeper import _Held, _Keeper
+from worker.keeper import REPORT_S, _Held, _Keeper
 
 seen: list[list[str]] = []
 
@@ -407,27 +408,60 @@ def test_a_runner_that_hangs_after_its_lease_was_lost_is_ended(database, executo
     assert killed == [4711]
 
 
-def test_a_cancelled_member_of_a_micro_batch_does_not_wait_for_its_group(database, executor, make_jobs):
-    # Found by simulation: it stayed `running` until the neighbours had been computed and uploaded.
-    ids = make_jobs(3)
-    held = database.run(lambda conn: lifecycle.claim(conn, ids, "w", 30))
+def test_a_cancelled_job_does_not_wait_for_its_neighbours(database, executor, make_jobs, monkeypatch, capsys):
+    # Found by simulation: it stayed running until its micro-batch was committed, half a minute later.
+    gone, neighbour = make_jobs(2, kind="trial.act", params={"text": "slow"}, reuse=False)
+    keys = frozenset({(gone, 1), (neighbour, 1)})
+    keeper = _Keeper(executor.settings)
+    keeper.database.close()
+    keeper.database, keeper.worker = database, executor.worker
+    midway = []
+
+    def act(params, context):
+        keeper.held.update({key: _Held(60, 60, time.monotonic(), time.monotonic(), group=keys) for key in keys})
+        for job in range(2):
+            database.run(lambda conn: lifecycle.cancel_jobs(conn, [gone]))
+            keeper.beat()
+            midway.append(states(database, [gone, neighbour]))
+            yield Output(job, "text.txt", "text/plain", b"made")
+
+    monkeypatch.setitem(runners._RUNNERS, "trial.act", act)
+    executor.run("trial.act", [gone, neighbour])
+    executor.finishers.submit(lambda: None).result()
+    # One beat for the runner to stop by itself; by the next one the job has ended, and the commit of the group leaves it alone.
+    [told] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("{\"lost")]
+    assert json.loads(told) == {"lost": [], "cancelled": [[gone, 1]]}
+    assert midway == [["running", "running"], ["cancelled", "running"]]
+    assert states(database, [gone, neighbour]) == ["cancelled", "succeeded"]
+    with database.read() as conn:
+        assert set(jobs.artifacts(conn, [gone, neighbour])) == {neighbour}
+        assert dict(conn.execute(select(Attempt.job_id, Attempt.outcome)).all()) == {gone: "cancelled", neighbour: "succeeded"}
+        ends = conn.execute(select(Event.type).where(Event.job_id == gone, Event.type != "job.accepted")).scalars().all()
+        assert ends == ["job.cancelled"]
+
+
+def test_an_idle_keeper_writes_what_is_new_and_now_and_then_that_it_lives(database, executor, monkeypatch):
     keeper = _Keeper(executor.settings)
     keeper.database.close()
     keeper.database, keeper.worker = database, "w"
-    group = frozenset((c.id, c.attempt) for c in held)
-    for key in group:
-        keeper.held[key] = _Held(60, 60, time.monotonic(), time.monotonic(), group=group)
-    database.run(lambda conn: lifecycle.cancel_jobs(conn, [ids[1]]))
+    real, reports = lifecycle.report_worker, []
 
-    def states():
-        with database.read() as conn:
-            found = dict(conn.execute(select(Job.id, Job.state)).all())
-        return [found[i] for i in ids]
+    def report(conn, *values):
+        reports.append(values[-1])
+        real(conn, *values)
 
-    keeper.beat()  # tells the child, which may end it itself
-    assert states() == ["running"] * 3
+    monkeypatch.setattr(lifecycle, "report_worker", report)
+    for _ in range(3):
+        keeper.beat()
+    assert reports == [[]]
+    keeper.names = ["a model"]
     keeper.beat()
-    assert states() == ["running", "cancelled", "running"]
-    done = database.run(lambda conn: lifecycle.finish(conn, [lifecycle.Success(c.id, c.attempt) for c in held]))
-    assert sorted(done) == sorted([ids[0], ids[2]])
-    assert states() == ["succeeded", "cancelled", "succeeded"]
+    assert reports == [[], ["a model"]]
+    with monkeypatch.context() as away:
+        away.setattr(database, "write", lambda: (_ for _ in ()).throw(ServiceUnavailable("away")))
+        keeper.names = []
+        keeper.beat()
+    keeper.beat()  # what could not be told is told as soon as it can
+    keeper.reported_at -= REPORT_S
+    keeper.beat()
+    assert reports == [[], ["a model"], [], []]

@@ -86,9 +86,11 @@ def hunt(simulated: Simulation, bug: Bug, first: int = 1) -> Catch | None:
 # --- pieces ---------------------------------------------------------------------------------------------------------
 
 
-def _seize(conn: Any, ids: Any, worker: str, lease_s: float, *where: Any) -> list[Any]:
-    """Claim these jobs without a look at what `claim` has to look at."""
+def _seize(conn: Any, ids: Any, worker: str, lease_s: float, kind: str | None, *where: Any) -> list[Any]:
+    """Claim these jobs of the kind without a look at what else `claim` has to look at."""
     waiting = Job.state.in_((JobState.QUEUED, JobState.DISPATCHED))
+    if kind is not None:
+        where = (*(where or (waiting,)), Job.kind == kind)
     taken = conn.execute(
         update(Job)
         .where(Job.id.in_(list(ids)), Job.run_after <= now(), *(where or (waiting,)))
@@ -227,7 +229,7 @@ def _claim_anyway(*where: Any) -> Callable[[], Places]:
         def claim(conn: Any, ids: Any, worker: str, lease_s: float, kind: str | None = None) -> list[Any]:
             found = real(conn, ids, worker, lease_s, kind)
             rest = sorted(set(ids) - {one.id for one in found})
-            return found + _seize(conn, rest, worker, lease_s, *where)
+            return found + _seize(conn, rest, worker, lease_s, kind, *where)
 
         return [(lifecycle, "claim", claim)]
 
@@ -296,7 +298,7 @@ def _key_ignored() -> Places:
 
 
 def _no_undispatch() -> Places:
-    return [(lifecycle, "undispatch", lambda conn, ids, **_: 0)]
+    return [(lifecycle, "undispatch", lambda conn, ids, delay_s=0.0: 0)]
 
 
 def _rescue_too_eager() -> Places:
@@ -307,8 +309,8 @@ def _rescue_too_eager() -> Places:
 def _cursor_in_its_own_transaction() -> Places:
     real = db.batches.advance
 
-    def advance(conn: Any, *args: Any) -> bool:
-        moved = real(conn, *args)
+    def advance(conn: Any, *args: Any, **options: Any) -> bool:
+        moved = real(conn, *args, **options)
         Stage.world.ledger.raw.execute("COMMIT")
         Stage.world.ledger.raw.execute("BEGIN IMMEDIATE")
         return moved
@@ -337,6 +339,11 @@ def _decide(error_class: str, **instead: Any) -> Callable[[], Places]:
 
 
 def _release_is_a_crash() -> Places:
+    real = lifecycle.decide
+    return [(lifecycle, "decide", lambda error_class, **options: real("crash" if error_class == "released" else error_class, **options))]
+
+
+def _neighbours_are_blamed() -> Places:
     real = lifecycle.crash
     return [(lifecycle, "crash", lambda conn, held, reason, *, released=False: real(conn, held, reason, released=False))]
 
@@ -386,6 +393,7 @@ BUGS = (
     Bug("group crash strikes all", "every member of a crashed group earns a strike", ("I9",), _decide("crash", group_size=1)),
     Bug("strikes without end", "strikes are never enough", ("I9",), _decide("crash", strikes=0)),
     Bug("release is a crash", "a worker that stops in order costs a strike", ("I9",), _release_is_a_crash),
+    Bug("neighbours are blamed", "a job that waits for its commit earns a strike when another ends the process", ("I9",), _neighbours_are_blamed),
 )  # fmt: skip
 """All of them; the first of each kind that issue 3 names are `NAMED`."""
 

@@ -341,7 +341,7 @@ class Ledger:
 
     def __init__(self) -> None:
         self.world: World | None = None
-        self.engine = create_engine("sqlite://", poolclass=StaticPool, connect_args={"check_same_thread": False})
+        self.engine = create_engine("sqlite://", poolclass=StaticPool, connect_args={"check_same_thread": False, "cached_statements": 1024})
         event.listen(self.engine, "connect", self._connect)
         # As `session._sqlite_begin` does it, without the detour over an event.
         self.engine.dialect.do_begin = lambda connection: connection.driver_connection.execute("BEGIN IMMEDIATE")  # type: ignore[method-assign]

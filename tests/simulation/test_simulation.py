@@ -1,5 +1,6 @@
 """The lifecycle in a simulated world: a few hundred histories, the same seed twice, and bugs that must be caught (docs/simulation.md)."""
 
+import inspect
 from collections import Counter
 
 import planted
@@ -49,3 +50,17 @@ def test_planted_bugs_are_caught(simulated, name):
     [bug] = [bug for bug in planted.BUGS if bug.name == name]
     catch = planted.hunt(simulated, bug)
     assert catch is not None, f"{bug.what}: nothing told of it in {bug.within} histories"
+
+
+@pytest.mark.parametrize("bug", planted.BUGS, ids=lambda bug: bug.name)
+def test_planted_pieces_can_be_called_like_what_they_replace(bug):
+    """A piece that only fails with TypeError is caught by everything and tests nothing."""
+    for thing, name, piece in bug.places():
+        asked = inspect.signature(getattr(thing, name)).parameters.values()
+        word = {p.name: None for p in asked if p.kind is p.KEYWORD_ONLY}
+        place = [p.name for p in asked if p.kind is p.POSITIONAL_OR_KEYWORD]
+        given = inspect.signature(piece)
+        given.bind(*place, **word)
+        given.bind(*place[:1], **dict.fromkeys(place[1:]), **word)
+        needed = [p for p in asked if p.default is p.empty]
+        given.bind(*(p.name for p in needed if p.name in place), **{p.name: None for p in needed if p.name in word})

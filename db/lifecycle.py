@@ -15,6 +15,7 @@ from typing import Any
 from sqlalchemy import (
     ColumnElement,
     Connection,
+    Double,
     and_,
     bindparam,
     delete,
@@ -271,11 +272,11 @@ def _add_deltas(conn: Connection, deltas: Mapping[Any, int]) -> None:
 def add_event(conn: Connection, type_: str, *, project_id: str | None = None, batch_id: str | None = None,
               job_id: str | None = None, data: Mapping[str, Any] | None = None) -> None:  # fmt: skip
     """Append an event."""
-    conn.execute(
-        insert(Event).values(
-            at=now(), type=type_, project_id=project_id, batch_id=batch_id, job_id=job_id, data=dict(data or {})
-        )
-    )
+    row = {"type": type_, "project_id": project_id, "batch_id": batch_id, "job_id": job_id, "data": dict(data or {})}
+    conn.execute(_HAPPENED, row)
+
+
+_HAPPENED = insert(Event).values(at=now())
 
 
 # --- dispatch -------------------------------------------------------------------------------------------------------
@@ -834,16 +835,11 @@ def stop(conn: Connection, result: Stop) -> JobState | None:
         policy=get_kind(row.kind).retry,
     )  # fmt: skip
     terminal = verdict.state in TERMINAL
-    conn.execute(
-        update(Job)
-        .where(Job.c.id == row.id, Job.c.attempt == row.attempt, was(JobState.RUNNING))
-        .values(
-            state=verdict.state, error=dict(result.error), tries=dict(verdict.tries), strikes=verdict.strikes,
-            group_limit=verdict.group_limit, run_after=now() + verdict.delay_s if not terminal else Job.c.run_after,
-            finished_at=now() if terminal else None, lease_owner=None, lease_until=None, dispatched_at=None, progress=None,
-            message=None,
-        )
-    )  # fmt: skip
+    values = {
+        "p_job": row.id, "p_attempt": row.attempt, "p_state": verdict.state, "p_error": dict(result.error), "p_tries": dict(verdict.tries),
+        "p_strikes": verdict.strikes, "p_limit": verdict.group_limit, "p_delay_s": verdict.delay_s,
+    }  # fmt: skip
+    conn.execute(_stopped(terminal), values)
     at = database_time(conn)
     _close_attempts(conn, [(row.id, row.attempt, error_class, result.error, result.phases)], at)
     if terminal:
@@ -853,6 +849,16 @@ def stop(conn: Connection, result: Stop) -> JobState | None:
         data = {"attempt": row.attempt, "error": dict(result.error), "delay_s": round(verdict.delay_s, 3)}
         add_event(conn, "job.retrying", project_id=row.project_id, batch_id=row.batch_id, job_id=row.id, data=data)
     return verdict.state
+
+
+@cache
+def _stopped(terminal: bool) -> Any:
+    values = {
+        "state": bindparam("p_state"), "error": bindparam("p_error", type_=Job.c.error.type), "tries": bindparam("p_tries", type_=Job.c.tries.type),
+        "strikes": bindparam("p_strikes"), "group_limit": bindparam("p_limit"), "lease_owner": None, "lease_until": None, "dispatched_at": None,
+        "progress": None, "message": None, **({"finished_at": now()} if terminal else {"run_after": now() + bindparam("p_delay_s", type_=Double)}),
+    }  # fmt: skip
+    return update(Job).where(Job.c.id == bindparam("p_job"), Job.c.attempt == bindparam("p_attempt"), was(JobState.RUNNING)).values(values)
 
 
 def _close_attempts(conn: Connection, items: Sequence[tuple[str, int, str, Mapping[str, Any] | None, Mapping[str, float]]], at: float) -> None:
@@ -1055,15 +1061,17 @@ def fold_counts(conn: Connection, limit: int = 20_000) -> int:
     for row in rows:
         sums[(row.batch_id, row.kind, row.state)] += row.n
     for (batch_id, kind, state), n in sorted(sums.items()):
-        statement = insert_for(conn, BatchCount).values(batch_id=batch_id, kind=kind, state=state, n=n)
-        conn.execute(
-            statement.on_conflict_do_update(
-                index_elements=[BatchCount.c.batch_id, BatchCount.c.kind, BatchCount.c.state], set_={"n": BatchCount.c.n + n}
-            )
-        )
+        conn.execute(_counted(conn.dialect.name), {"batch_id": batch_id, "kind": kind, "state": state, "n": n})
     for chunk in _chunks([row.id for row in rows]):
         conn.execute(delete(BatchDelta).where(BatchDelta.c.id.in_(chunk)))
     return len(rows)
+
+
+@cache
+def _counted(dialect: str) -> Any:
+    statement = upsert(dialect, BatchCount)
+    key = [BatchCount.c.batch_id, BatchCount.c.kind, BatchCount.c.state]
+    return statement.on_conflict_do_update(index_elements=key, set_={"n": BatchCount.c.n + statement.excluded.n})
 
 
 _DELTAS = (
@@ -1087,8 +1095,14 @@ def counts(conn: Connection, batch_id: str) -> dict[str, dict[str, int]]:
 
 def all_ended(conn: Connection, batch_ids: Iterable[str]) -> set[str]:
     """Those of the batches all of whose jobs have ended by the counters: a look that needs no write transaction."""
-    totals = conn.execute(select(Batch.c.id, Batch.c.total).where(among(conn, Batch.c.id, batch_ids), Batch.c.finished_at.is_(None))).all()
+    dialect = conn.dialect.name
+    totals = conn.execute(_totals(dialect), {"p_batches": packed(dialect, batch_ids)}).all()
     return {row.id for row in totals if _ended_jobs(counts(conn, row.id)) >= row.total}
+
+
+@cache
+def _totals(dialect: str) -> Any:
+    return select(Batch.c.id, Batch.c.total).where(among_given(dialect, Batch.c.id, "p_batches"), Batch.c.finished_at.is_(None))
 
 
 def _ended_jobs(per_kind: Mapping[str, Mapping[str, int]]) -> int:

@@ -255,6 +255,10 @@ def struck(victims: dict[str, list[float]], worker: str) -> list[float]:
     return victims.get(worker.rsplit("/", 1)[-1].partition("-")[0], [])
 
 
+START_S = 20.0
+"""A process that is younger is not judged, seconds."""
+
+
 def growth(samples: Sequence[dict[str, float]], name: str) -> tuple[float, float, int] | None:
     """How a process grew once it was warm: (per 1,000 jobs, altogether, jobs done meanwhile); None where too little was seen.
 
@@ -291,6 +295,8 @@ def check_growth(resources: dict[tuple[str, int], list[dict[str, float]]]) -> tu
     for (what, pid), samples in resources.items():
         note = notes.setdefault(what, {"mb_max": 0})
         note["mb_max"] = max(note["mb_max"], round(max(s["rss"] for s in samples)))
+        # The jobs are the whole fleet's: while a restarted process still loads its libraries, its neighbours do them.
+        samples = [s for s in samples if s["at"] >= samples[0]["at"] + START_S]
         for name, unit, slope_most, whole_most in (("rss", "MB", MB_PER_1000, 16.0), ("fds", "handles", HANDLES_PER_1000, 8.0)):
             found = growth(samples, name)
             if found is None:

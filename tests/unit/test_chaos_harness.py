@@ -233,7 +233,7 @@ def test_storage_faults(s3_like):
 
 
 def samples(rss, fds=lambda done: 20, jobs=4000, every=40):
-    return [{"done": float(n), "rss": float(rss(n)), "fds": float(fds(n))} for n in range(0, jobs, every)]
+    return [{"at": 2.0 * n / every, "done": float(n), "rss": float(rss(n)), "fds": float(fds(n))} for n in range(0, jobs, every)]
 
 
 def test_a_leak_is_seen_and_a_warm_up_is_not():
@@ -248,6 +248,13 @@ def test_a_leak_is_seen_and_a_warm_up_is_not():
     violations, _ = checker.check_growth({("child", 1): leak, ("timer", 2): handles})
     assert [v.split(" grew")[0] for v in violations] == ["I20: child 1", "I20: timer 2"]
     assert checker.growth(leak, "rss")[0] == pytest.approx(20, abs=1)
+
+
+def test_a_process_that_still_loads_its_libraries_is_not_judged():
+    # While it does, its neighbours do the jobs.
+    young = samples(lambda n: 120 + n / 60, jobs=6000, every=600)
+    assert checker.check_growth({("child", 1): young})[0] == []
+    assert checker.check_growth({("child", 1): [{**s, "at": s["at"] + 100 * n} for n, s in enumerate(young)]})[0] != []
 
 
 def test_too_little_says_nothing():

@@ -15,6 +15,7 @@ from typing import Any
 from sqlalchemy import (
     ColumnElement,
     Connection,
+    Double,
     and_,
     bindparam,
     delete,
@@ -271,11 +272,11 @@ def _add_deltas(conn: Connection, deltas: Mapping[Any, int]) -> None:
 def add_event(conn: Connection, type_: str, *, project_id: str | None = None, batch_id: str | None = None,
               job_id: str | None = None, data: Mapping[str, Any] | None = None) -> None:  # fmt: skip
     """Append an event."""
-    conn.execute(
-        insert(Event).values(
-            at=now(), type=type_, project_id=project_id, batch_id=batch_id, job_id=job_id, data=dict(data or {})
-        )
-    )
+    row = {"type": type_, "project_id": project_id, "batch_id": batch_id, "job_id": job_id, "data": dict(data or {})}
+    conn.execute(_HAPPENED, row)
+
+
+_HAPPENED = insert(Event).values(at=now())
 
 
 # --- dispatch -------------------------------------------------------------------------------------------------------
@@ -316,29 +317,26 @@ def dispatch(conn: Connection, queue: str, *, cap_s: float, max_jobs: int = 4096
     if top_up and (full or (room_jobs <= 0 and (room_s < cap_s * workers / 2 or most < max_jobs * workers / 2))):
         return []
     candidates = waiting.candidates(conn, queue, at, window)
-    # Of these nothing is in flight, and their hints would stand behind seconds of other projects' work: each sends one past that.
-    strangers = waiting.strangers(conn, queue, candidates) if look.jobs else set()
+    if not candidates:
+        return []
+    fair = waiting.Fair(conn, queue, candidates, float(look.clock or 0.0), bool(look.jobs))
+    # Of these nothing is on the broker, and their hints would stand behind seconds of other projects' work: each sends one past that.
+    strangers = fair.strangers
     if full:
         bound = waiting.STRANGERS if look.jobs < 2 * max_jobs * workers else 0
         strangers = set(sorted(strangers)[:bound])
         candidates = {project: candidates[project] for project in strangers}
-    if not candidates:
-        return []
+        if not candidates:
+            return []
     spread = waiting.spread(conn, queue, candidates, workers)
     bounds = limits.caps(conn, queue, {key for rows in candidates.values() for key in rows.share_keys}, at, worker_seen_s)
     dialect = conn.dialect.name
-    known = waiting.shares(conn, queue, candidates)
-    weights = {row.id: max(row.weight, 1e-6) for row in known}
-    # A project that was idle joins at the level of the least advanced busy one: idleness earns no credit to burst with.
-    floor = min((row.virtual_seconds for row in known if row.virtual_seconds is not None), default=0.0)
-    virtual = {row.id: max(row.virtual_seconds or 0.0, floor) for row in known}
     hints: list[tuple[str, int, list[str], bool, bool]] = []
-    served: set[str] = set()
     taken = 0
     idle = int(look.jobs) == 0
     prefer = warm.Preference(conn, queue, at, worker_seen_s)
     while candidates and (full or ((room_s > 0 or room_jobs > 0) and taken < most)):
-        project = min(candidates, key=lambda p: (-candidates[p].head.priority, virtual.get(p, floor), p))
+        project = min(candidates, key=lambda p: (-candidates[p].head.priority, fair.virtual[p], p))
         rows = candidates[project].front(warm.AHEAD + 1)
         place, company = prefer.pick(project, rows)
         head = rows[place]
@@ -356,8 +354,7 @@ def dispatch(conn: Connection, queue: str, *, cap_s: float, max_jobs: int = 4096
         if place:
             prefer.passed(project, rows[0].id, len(group))
         cost = sum(row.seconds for row in group)
-        virtual[project] = virtual.get(project, floor) + cost / weights.get(project, 1.0)
-        served.add(project)
+        fair.charge(project, cost)
         room_s -= cost
         room_jobs -= len(group)
         taken += len(group)
@@ -370,8 +367,10 @@ def dispatch(conn: Connection, queue: str, *, cap_s: float, max_jobs: int = 4096
     ids = packed(dialect, (i for _, _, members, _, _ in hints for i in members))
     marked = set(conn.execute(_dispatched(dialect), {"p_ids": ids, "p_at": at}).scalars().all())
     conn.execute(
-        _shared(dialect), [{"queue": queue, "project_id": project, "virtual_seconds": virtual[project]} for project in sorted(served)]
+        _shared(dialect), [{"queue": queue, "project_id": p, "virtual_seconds": fair.virtual[p]} for p in sorted(fair.charged)]
     )
+    if fair.now() > float(look.clock or 0.0):
+        _set_mark(conn, waiting.clock_name(queue), fair.now())
     out = []
     for kind, priority, members, ahead, again in hints:
         kept = tuple(i for i in members if i in marked)
@@ -836,16 +835,11 @@ def stop(conn: Connection, result: Stop) -> JobState | None:
         policy=get_kind(row.kind).retry,
     )  # fmt: skip
     terminal = verdict.state in TERMINAL
-    conn.execute(
-        update(Job)
-        .where(Job.c.id == row.id, Job.c.attempt == row.attempt, was(JobState.RUNNING))
-        .values(
-            state=verdict.state, error=dict(result.error), tries=dict(verdict.tries), strikes=verdict.strikes,
-            group_limit=verdict.group_limit, run_after=now() + verdict.delay_s if not terminal else Job.c.run_after,
-            finished_at=now() if terminal else None, lease_owner=None, lease_until=None, dispatched_at=None, progress=None,
-            message=None,
-        )
-    )  # fmt: skip
+    values = {
+        "p_job": row.id, "p_attempt": row.attempt, "p_state": verdict.state, "p_error": dict(result.error), "p_tries": dict(verdict.tries),
+        "p_strikes": verdict.strikes, "p_limit": verdict.group_limit, "p_delay_s": verdict.delay_s,
+    }  # fmt: skip
+    conn.execute(_stopped(terminal), values)
     at = database_time(conn)
     _close_attempts(conn, [(row.id, row.attempt, error_class, result.error, result.phases)], at)
     if terminal:
@@ -855,6 +849,16 @@ def stop(conn: Connection, result: Stop) -> JobState | None:
         data = {"attempt": row.attempt, "error": dict(result.error), "delay_s": round(verdict.delay_s, 3)}
         add_event(conn, "job.retrying", project_id=row.project_id, batch_id=row.batch_id, job_id=row.id, data=data)
     return verdict.state
+
+
+@cache
+def _stopped(terminal: bool) -> Any:
+    values = {
+        "state": bindparam("p_state"), "error": bindparam("p_error", type_=Job.c.error.type), "tries": bindparam("p_tries", type_=Job.c.tries.type),
+        "strikes": bindparam("p_strikes"), "group_limit": bindparam("p_limit"), "lease_owner": None, "lease_until": None, "dispatched_at": None,
+        "progress": None, "message": None, **({"finished_at": now()} if terminal else {"run_after": now() + bindparam("p_delay_s", type_=Double)}),
+    }  # fmt: skip
+    return update(Job).where(Job.c.id == bindparam("p_job"), Job.c.attempt == bindparam("p_attempt"), was(JobState.RUNNING)).values(values)
 
 
 def _close_attempts(conn: Connection, items: Sequence[tuple[str, int, str, Mapping[str, Any] | None, Mapping[str, float]]], at: float) -> None:
@@ -1057,15 +1061,17 @@ def fold_counts(conn: Connection, limit: int = 20_000) -> int:
     for row in rows:
         sums[(row.batch_id, row.kind, row.state)] += row.n
     for (batch_id, kind, state), n in sorted(sums.items()):
-        statement = insert_for(conn, BatchCount).values(batch_id=batch_id, kind=kind, state=state, n=n)
-        conn.execute(
-            statement.on_conflict_do_update(
-                index_elements=[BatchCount.c.batch_id, BatchCount.c.kind, BatchCount.c.state], set_={"n": BatchCount.c.n + n}
-            )
-        )
+        conn.execute(_counted(conn.dialect.name), {"batch_id": batch_id, "kind": kind, "state": state, "n": n})
     for chunk in _chunks([row.id for row in rows]):
         conn.execute(delete(BatchDelta).where(BatchDelta.c.id.in_(chunk)))
     return len(rows)
+
+
+@cache
+def _counted(dialect: str) -> Any:
+    statement = upsert(dialect, BatchCount)
+    key = [BatchCount.c.batch_id, BatchCount.c.kind, BatchCount.c.state]
+    return statement.on_conflict_do_update(index_elements=key, set_={"n": BatchCount.c.n + statement.excluded.n})
 
 
 _DELTAS = (
@@ -1089,8 +1095,14 @@ def counts(conn: Connection, batch_id: str) -> dict[str, dict[str, int]]:
 
 def all_ended(conn: Connection, batch_ids: Iterable[str]) -> set[str]:
     """Those of the batches all of whose jobs have ended by the counters: a look that needs no write transaction."""
-    totals = conn.execute(select(Batch.c.id, Batch.c.total).where(among(conn, Batch.c.id, batch_ids), Batch.c.finished_at.is_(None))).all()
+    dialect = conn.dialect.name
+    totals = conn.execute(_totals(dialect), {"p_batches": packed(dialect, batch_ids)}).all()
     return {row.id for row in totals if _ended_jobs(counts(conn, row.id)) >= row.total}
+
+
+@cache
+def _totals(dialect: str) -> Any:
+    return select(Batch.c.id, Batch.c.total).where(among_given(dialect, Batch.c.id, "p_batches"), Batch.c.finished_at.is_(None))
 
 
 def _ended_jobs(per_kind: Mapping[str, Mapping[str, int]]) -> int:

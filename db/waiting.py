@@ -12,7 +12,7 @@ from contentfactory.jobs.spec import get_kind
 from contentfactory.states import BatchState, JobState
 from db.session import now
 from db.sql import among_given, has_state, packed
-from db.tables import Batch, Job, Project, Queue, Share, Worker
+from db.tables import Batch, Job, Mark, Project, Queue, Share, Worker
 
 
 def queues_with_work(conn: Connection) -> list[str]:
@@ -55,16 +55,26 @@ _LOOK = select(
     select(func.count()).where(Job.c.queue == bindparam("queue"), has_state(JobState.DISPATCHED)).scalar_subquery().label("jobs"),
     select(func.count()).where(Worker.c.seen_at > now() - bindparam("seen_s"), cast(Worker.c.queues, String).like(bindparam("serves")))
     .scalar_subquery().label("workers"),
+    select(Mark.c.value).where(Mark.c.name == bindparam("clock")).scalar_subquery().label("clock"),
 )  # fmt: skip
 """All that a dispatcher must know of a queue, in one round trip."""
 STRANGERS = 64
-"""Projects that may each have a micro-batch in the broker though it holds all that it should."""
-_IN_FLIGHT = select(Job.c.project_id).distinct().where(Job.c.queue == bindparam("queue"), has_state(JobState.DISPATCHED))
+"""Projects that may each send a micro-batch though the broker holds all that it should."""
+_IN_FLIGHT = (
+    select(Job.c.project_id, func.sum(Job.c.seconds))
+    .where(Job.c.queue == bindparam("queue"), has_state(JobState.DISPATCHED))
+    .group_by(Job.c.project_id)
+)
 
 
 def look(conn: Connection, queue: str, worker_seen_s: float) -> Any:
-    """A queue in one round trip: time (``at``), ``paused``, ``seconds`` and ``jobs`` in the broker, live ``workers``."""
-    return conn.execute(_LOOK, {"queue": queue, "seen_s": worker_seen_s, "serves": f'%"{queue}"%'}).one()
+    """A queue in one round trip: time (``at``), ``paused``, ``seconds`` and ``jobs`` in the broker, live ``workers``, its virtual ``clock``."""
+    return conn.execute(_LOOK, {"queue": queue, "seen_s": worker_seen_s, "serves": f'%"{queue}"%', "clock": clock_name(queue)}).one()
+
+
+def clock_name(queue: str) -> str:
+    """Name of the mark that keeps a queue's virtual clock."""
+    return f"clock:{queue}"
 
 
 def shares(conn: Connection, queue: str, projects: Iterable[str]) -> Sequence[Any]:
@@ -82,9 +92,47 @@ def _shares_of(dialect: str) -> Any:
     )
 
 
-def strangers(conn: Connection, queue: str, projects: Iterable[str]) -> set[str]:
-    """Those of the projects of which nothing is in the broker."""
-    return set(projects) - set(conn.execute(_IN_FLIGHT, {"queue": queue}).scalars())
+def in_flight(conn: Connection, queue: str) -> dict[str, float]:
+    """Estimated compute seconds on the broker by project."""
+    return {project: float(seconds) for project, seconds in conn.execute(_IN_FLIGHT, {"queue": queue}).all()}
+
+
+class Fair:
+    """Start-time fair queueing over the projects of a queue: each micro-batch starts at its project's virtual time and moves it on.
+
+    Virtual time is compute seconds over weight. What waits on the broker is charged already but not served yet, so a project stands where
+    the oldest of its hints there began. The queue's clock is the least advanced of these: who was idle joins there, since idleness earns
+    no credit to burst with, and is no worse off for what others have waiting.
+
+    Args:
+        conn: Connection in the dispatcher's transaction.
+        queue: Queue.
+        candidates: Projects that have due jobs.
+        clock: The queue's clock so far.
+        busy: Whether anything is on the broker.
+    """
+
+    def __init__(self, conn: Connection, queue: str, candidates: Iterable[str], clock: float, busy: bool) -> None:
+        flying = in_flight(conn, queue) if busy else {}
+        known = {row.id: row for row in shares(conn, queue, {*candidates, *flying})}
+        self._weights = {project: max(row.weight, 1e-6) for project, row in known.items()}
+        told = {project: row.virtual_seconds for project, row in known.items() if row.virtual_seconds is not None}
+        self._began = {p: told[p] - seconds / self._weights[p] for p, seconds in flying.items() if p in told}
+        served = min(self._began.values(), default=clock)
+        self.clock = max(clock, served)
+        self.virtual = {p: told.get(p, self.clock) if p in flying else max(told.get(p, 0.0), self.clock) for p in candidates}
+        self.strangers = {p for p in candidates if flying and p not in flying and self.virtual[p] <= max(served, self.clock) + 1e-9}
+        self.charged: set[str] = set()
+
+    def charge(self, project: str, seconds: float) -> None:
+        """A micro-batch of a project leaves."""
+        self._began.setdefault(project, self.virtual[project])
+        self.virtual[project] += seconds / self._weights.get(project, 1.0)
+        self.charged.add(project)
+
+    def now(self) -> float:
+        """The clock after what was charged."""
+        return max(self.clock, min(self._began.values(), default=self.clock))
 
 
 def spread(conn: Connection, queue: str, candidates: Mapping[str, "Waiting"], workers: int) -> dict[str, int]:

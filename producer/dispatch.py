@@ -53,8 +53,6 @@ class Dispatcher:
                 hints = self.database.run(step)
                 if not hints:
                     break
-                # Small jobs: look further ahead, so that a round trip moves more of them.
-                window = min(2 * window, LOOK_MOST)
                 unsent = self.publisher.send(hints)
                 if unsent:
                     ids = [i for hint in unsent for i in hint.ids]
@@ -65,6 +63,8 @@ class Dispatcher:
                 sent += moved
                 if moved < window:
                     break  # all that was seen; whatever was held back waits for room or for company
+                # Small jobs: look further ahead, so that a round trip moves more of them.
+                window = min(2 * window, LOOK_MOST)
         return sent
 
     def rescue(self, queues: Iterable[str], margin_s: float = 5.0) -> int:

@@ -30,7 +30,8 @@ class Spool:
     def __init__(self) -> None:
         # Gone with this object, whatever happens in between.
         self._raw = tempfile.NamedTemporaryFile(prefix="factory-manifest-", suffix=".jsonl.gz")  # noqa: SIM115
-        self._out = gzip.GzipFile(fileobj=self._raw.file, mode="wb", compresslevel=1, mtime=0)
+        # Neither time nor the temporary file's name go into it: equal manifests are equal bytes, and one object.
+        self._out = gzip.GzipFile(filename="", fileobj=self._raw.file, mode="wb", compresslevel=1, mtime=0)
         self._digest = hashlib.sha256()
         self._count = 0
 

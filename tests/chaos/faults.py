@@ -806,8 +806,9 @@ def clocks(scene: Scene, jobs: int, report: Report) -> None:
 def poison(scene: Scene, jobs: int, report: Report) -> None:
     from producer.enqueue import job_id_for
 
-    scene.start(2, 1)
-    scene.wait_workers(2)
+    # One worker: the last jobs of a queue are spread over all that serve it.
+    scene.start(1, 1)
+    scene.wait_workers(1)
     # The case of the plan, alone: one poison job among 32.
     rows = scene.work(32, (0.0, 0.01), "chaos.wide")
     where = scene.rng.randrange(32)
@@ -832,6 +833,8 @@ def poison(scene: Scene, jobs: int, report: Report) -> None:
     if max(sizes) != 32:
         report.violations.append(f"I9: the 32 did not travel together: {sizes[:5]}")
     # Then many of them in ordinary traffic, with jobs that find no memory in company, or never.
+    scene.add_worker("worker1")
+    scene.wait_workers(2)
     rows = scene.work(max(32, jobs - 32), (0.0, 0.01), "chaos.wide")
     acts = ["poison"] * max(1, jobs // 500) + ["crowd"] * max(1, jobs // 100) + ["memory"] * max(1, jobs // 500)
     chosen = scene.rng.sample(range(len(rows)), len(acts))

@@ -367,7 +367,7 @@ class Scene:
     def workers_seen(self) -> list[str]:
         """Ids of workers that reported lately."""
         with self.database.read() as conn:
-            return list(conn.execute(text("SELECT id FROM workers WHERE seen_at > extract(epoch from clock_timestamp()) - 10")).scalars())
+            return list(conn.execute(text("SELECT id FROM workers WHERE seen_at > extract(epoch from clock_timestamp()) - 30")).scalars())
 
     def wait_workers(self, count: int, timeout: float = 90) -> None:
         """Wait until so many workers have reported."""

@@ -602,3 +602,18 @@ def test_memory_stays_flat_over_200000_lines(tmp_path):
     # Ten times the lines: 180,000 names kept as Python strings would take about 60 MB more.
     assert figures["mb"] < 25, figures
     assert figures["cpu_s"] < 20, figures
+
+
+def test_equal_manifests_are_equal_bytes_in_the_store():
+    # Found by simulation: the temporary file's name went into the compressed file.
+    from producer.manifest.parse import parse_job
+    from producer.spool import Spool
+
+    made = []
+    for _ in range(2):
+        spool = Spool()
+        spool.add(parse_job({"custom_id": "a", "kind": "text.echo", "params": {"text": "é"}}), None)
+        path, digest, count = spool.close(0, True)
+        made.append((path.read_bytes(), digest, count))
+        spool.discard()
+    assert made[0] == made[1] and made[0][2] == 1

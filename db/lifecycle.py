@@ -319,7 +319,7 @@ def dispatch(conn: Connection, queue: str, *, cap_s: float, max_jobs: int = 4096
     candidates = waiting.candidates(conn, queue, at, window)
     if not candidates:
         return []
-    fair = waiting.Fair(conn, queue, candidates, float(look.clock or 0.0), bool(look.jobs))
+    fair = waiting.Fair(conn, queue, candidates, look.clock, bool(look.jobs))
     # Of these nothing is on the broker, and their hints would stand behind seconds of other projects' work: each sends one past that.
     strangers = fair.strangers
     if full:
@@ -369,7 +369,7 @@ def dispatch(conn: Connection, queue: str, *, cap_s: float, max_jobs: int = 4096
     conn.execute(
         _shared(dialect), [{"queue": queue, "project_id": p, "virtual_seconds": fair.virtual[p]} for p in sorted(fair.charged)]
     )
-    if fair.now() > float(look.clock or 0.0):
+    if look.clock is None or fair.now() > look.clock:
         _set_mark(conn, waiting.clock_name(queue), fair.now())
     out = []
     for kind, priority, members, ahead, again in hints:

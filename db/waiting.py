@@ -92,6 +92,9 @@ def _shares_of(dialect: str) -> Any:
     )
 
 
+_FURTHEST = select(func.max(Share.c.virtual_seconds)).where(Share.c.queue == bindparam("queue"))
+
+
 def in_flight(conn: Connection, queue: str) -> dict[str, float]:
     """Estimated compute seconds on the broker by project."""
     return {project: float(seconds) for project, seconds in conn.execute(_IN_FLIGHT, {"queue": queue}).all()}
@@ -108,11 +111,13 @@ class Fair:
         conn: Connection in the dispatcher's transaction.
         queue: Queue.
         candidates: Projects that have due jobs.
-        clock: The queue's clock so far.
+        clock: The queue's clock so far; None where it never ran (a new queue, or a ledger from before there was one).
         busy: Whether anything is on the broker.
     """
 
-    def __init__(self, conn: Connection, queue: str, candidates: Iterable[str], clock: float, busy: bool) -> None:
+    def __init__(self, conn: Connection, queue: str, candidates: Iterable[str], clock: float | None, busy: bool) -> None:
+        if clock is None:
+            clock = float(conn.execute(_FURTHEST, {"queue": queue}).scalar() or 0.0)
         flying = in_flight(conn, queue) if busy else {}
         known = {row.id: row for row in shares(conn, queue, {*candidates, *flying})}
         self._weights = {project: max(row.weight, 1e-6) for project, row in known.items()}

@@ -29,6 +29,8 @@ Key = tuple[str, int]
 _CANCELLED = {"type": "cancelled", "code": "cancelled", "message": "cancelled while it ran"}
 LOAD_ALLOWANCE_S = 600.0
 """Silence allowed on top of the kind's limit until the first sign of progress: a model may have to be loaded or converted."""
+STILL_S = 2.0
+"""The keeper looks twice a second; after a longer pause of its own it does not hold that time against the runner."""
 REPORT_S = 10.0
 """How often a worker about which nothing has changed reports itself; after 60 s without a report it counts as gone."""
 
@@ -191,6 +193,7 @@ class _Keeper:
         self.names: list[str] = []
         self.load: LoadWatch | None = None
         self.inbox: queue.Queue[dict[str, Any] | None] = queue.Queue()
+        self.looked_at = time.monotonic()
         self.reported: list[Any] = []
         self.reported_at = 0.0
 
@@ -298,6 +301,13 @@ class _Keeper:
     def watch(self) -> None:
         """Kill the child if a runner went silent, or ran longer than its kind allows."""
         at = time.monotonic()
+        missed, self.looked_at = at - self.looked_at, at
+        if missed > STILL_S:
+            # This process stood still too (a machine that was suspended, a group that was stopped, a ledger waited for): nobody can say
+            # that the runner was silent meanwhile.
+            for held in self.held.values():
+                held.heard += missed
+                held.started += missed
         reason = self.load.stuck() if self.load else None
         if reason:
             self.give_up_load(reason)

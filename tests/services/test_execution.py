@@ -465,3 +465,22 @@ def test_an_idle_keeper_writes_what_is_new_and_now_and_then_that_it_lives(databa
     keeper.reported_at -= REPORT_S
     keeper.beat()
     assert reports == [[], ["a model"], [], []]
+
+
+def test_a_keeper_that_stood_still_does_not_blame_the_runner(database, executor, make_jobs, monkeypatch):
+    # Found by simulation: a suspended machine woke up and killed a good job for its silence, twice, and the job was dead.
+    killed = []
+    monkeypatch.setattr("worker.keeper.os.kill", lambda pid, signum: killed.append(pid))
+    [job] = make_jobs(1)
+    [held] = database.run(lambda conn: lifecycle.claim(conn, [job], "w", 30))
+    keeper = _Keeper(executor.settings)
+    keeper.database.close()
+    keeper.database, keeper.child, keeper.worker = database, 4711, "w"
+    key, at = (held.id, held.attempt), time.monotonic()
+    keeper.held[key] = _Held(6.0, 60.0, at - 30, at - 30, spoke=True, group=frozenset({key}))
+    keeper.looked_at = at - 30
+    keeper.watch()
+    assert killed == []
+    keeper.held[key].heard -= 7  # it was awake, and heard nothing
+    keeper.watch()
+    assert killed == [4711]

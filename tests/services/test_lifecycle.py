@@ -5,13 +5,13 @@ from collections import Counter
 from dataclasses import replace
 
 import pytest
-from sqlalchemy import func, select, update
+from sqlalchemy import func, insert, select, update
 
 from contentfactory.ids import new_id
 from contentfactory.states import JobState
 from db import batches, jobs, lifecycle, migrate, projects, waiting
 from db.lifecycle import NewArtifact, Stop, Success
-from db.models import Artifact, Attempt, Batch, Event, Job, Mark
+from db.models import Artifact, Attempt, Batch, Event, Job, Mark, Share
 from db.session import now
 from producer.publish import BANDS, band
 
@@ -154,6 +154,21 @@ def test_a_job_that_comes_back_goes_past_those_that_were_not_tried(database, mak
     [back] = dispatch(database)
     assert (back.ids, back.again) == ((job,), True) and not first.again
     assert [band(replace(back, priority=p, ahead=a, again=g)) for p, a, g in ((100, 0, 1), (0, 1, 1), (0, 0, 1), (0, 0, 0))] == list(BANDS)
+
+
+def test_idleness_earns_no_credit_and_costs_none(database, project, make_jobs):
+    """Whoever comes back, or is new, starts where the others stand: also in a ledger from before there was a clock."""
+    other = database.run(lambda conn: projects.ensure(conn, "other"))
+    for owner, spent in ((project, 5000.0), (other, 7.0)):
+        with database.write() as conn:
+            conn.execute(insert(Share).values(queue="text", project_id=owner, virtual_seconds=spent))
+    new = database.run(lambda conn: projects.ensure(conn, "new"))
+    for owner in (project, other, new):
+        make_jobs(60, seconds=1.0, share_key=owner[-8:], project_id=owner)
+    with database.write() as conn:
+        conn.execute(update(Job).values(group_limit=1))
+    owners = Counter(row_of(database, h.ids[0])["project_id"] for h in dispatch(database, cap_s=30))
+    assert len(owners) == 3 and max(owners.values()) - min(owners.values()) <= 1
 
 
 def test_many_projects_do_not_flood_a_full_broker(database, make_jobs):

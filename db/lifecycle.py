@@ -470,6 +470,8 @@ def _claim(dialect: str, one_kind: bool) -> Any:
     wanted = [
         among_given(dialect, Job.c.id, "p_ids"), was(JobState.QUEUED, JobState.DISPATCHED), ~Job.c.cancel_requested, Job.c.run_after <= now(),
         ~_held(),
+        # A hint of before the jobs were told apart (their worker died, or they did not fit together) brings nobody together again.
+        or_(Job.c.group_limit == 0, Job.c.group_limit >= bindparam("p_n")),
     ]  # fmt: skip
     if one_kind:
         wanted.append(Job.c.kind == bindparam("p_kind"))

@@ -29,8 +29,8 @@ Key = tuple[str, int]
 _CANCELLED = {"type": "cancelled", "code": "cancelled", "message": "cancelled while it ran"}
 LOAD_ALLOWANCE_S = 600.0
 """Silence allowed on top of the kind's limit until the first sign of progress: a model may have to be loaded or converted."""
-STILL_S = 2.0
-"""The keeper looks twice a second; after a longer pause of its own it does not hold that time against the runner."""
+STILL_S = 4.0
+"""The keeper looks twice a second; after so long a pause of its own, seconds, it does not hold that time against the runner."""
 REPORT_S = 10.0
 """How often a worker about which nothing has changed reports itself; after 60 s without a report it counts as gone."""
 

@@ -185,6 +185,16 @@ def test_a_second_claim_gets_nothing(database, make_jobs):
     assert claim(database, [job], "w2") == []
 
 
+def test_a_stale_hint_does_not_bring_jobs_together_again(database, make_jobs):
+    # Found by simulation: a worker slept with a group's hint in hand while the group crashed; each was to be tried alone.
+    ids = make_jobs(3)
+    for one in claim(database, ids):
+        fail(database, one, "crash")
+    make_due(database, *ids)
+    assert claim(database, ids, "w2") == []
+    assert [len(claim(database, [i], "w3")) for i in ids] == [1, 1, 1]
+
+
 def test_claim_race_has_one_winner(database, make_jobs):
     ids = make_jobs(20)
     won = []

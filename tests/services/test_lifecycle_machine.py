@@ -337,7 +337,8 @@ class Lifecycle(RuleBasedStateMachine):
         assert states == Counter(str(self.after_error(job, "crash")) for job, _ in lost)
         self.now += 7.57
         self.clock.set(self.now)
-        self._claim([job for job, _ in lost], "w3")
+        for job, _ in lost:
+            self._claim([job], "w3")
         # The first attempt wakes up and goes on as if nothing had happened.
         match data.draw(st.sampled_from(("finish", "stop", "publish", "nothing"))):
             case "finish":
@@ -348,10 +349,11 @@ class Lifecycle(RuleBasedStateMachine):
                 self._publish(lost[0], 1)
 
     def _claim(self, ids: list[str], worker: str) -> None:
+        ids = list(dict.fromkeys(ids))
         due = {
             i for i in ids
             if self.jobs[i].state in (JobState.QUEUED, JobState.DISPATCHED) and self.jobs[i].run_after <= self.now
-            and not self.jobs[i].cancel and not self.is_held(self.jobs[i])
+            and not self.jobs[i].cancel and not self.is_held(self.jobs[i]) and (self.jobs[i].limit or len(ids)) >= len(ids)
         }  # fmt: skip
         got = self.run(lifecycle.claim, ids, worker, LEASE_S)
         assert {c.id for c in got} == due

@@ -149,6 +149,7 @@ class Executor:
         self._draining = False
         self._models: dict[str, ResolvedModel] = {}
         self._flying: set[str] = set()
+        self._unsure: set[str] = set()
         self._uncleared: list[Path] = []
         # Objects that this process put a moment ago, with the time: equal outputs (an empty text, a silence) are put once. The
         # sweep takes nothing that is younger than its window, so a fraction of that is safe.
@@ -172,16 +173,22 @@ class Executor:
         def work(conn: Any) -> list[Claimed]:
             nonlocal tried
             # The answer to a commit may be lost: what an earlier try took is ours, though nobody told us.
-            taken = lifecycle.claimed_by(conn, [i for i in ids if i not in self._flying], self.worker) if tried else []
+            mine = [i for i in ids if i not in self._flying]
+            taken = lifecycle.claimed_by(conn, mine, self.worker) if tried or not self._unsure.isdisjoint(mine) else []
             tried = True
+            if stray := self._unsure - self._flying - set(ids):
+                held = [(c.id, c.attempt) for c in lifecycle.claimed_by(conn, sorted(stray), self.worker)]
+                lifecycle.crash(conn, held, "the answer to its claim was lost", released=True)
             return taken + lifecycle.claim(conn, ids, self.worker, self.settings.lease_s, kind)
 
         try:
             claimed = self.database.run(work)
         except ServiceUnavailable as error:
-            # Nothing was claimed, or it will expire: the hint may go.
+            # Perhaps nothing was claimed; the next claim finds out. If none comes, the lease will expire.
+            self._unsure.update(ids)
             log.warning("claim_failed", action="claim", kind=kind, jobs=len(ids), error=error.message)
             return
+        self._unsure.clear()
         self._flying.update(c.id for c in claimed)
         if not claimed:
             log.debug("nothing_to_claim", action="claim", kind=kind, jobs=len(ids))

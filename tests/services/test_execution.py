@@ -484,3 +484,23 @@ def test_a_keeper_that_stood_still_does_not_blame_the_runner(database, executor,
     keeper.held[key].heard -= 7  # it was awake, and heard nothing
     keeper.watch()
     assert killed == [4711]
+
+
+def test_jobs_whose_claim_was_not_answered_are_given_back_by_the_next_claim(database, executor, make_jobs, monkeypatch):
+    # Found by simulation: they waited for their lease and earned a strike, though nobody had failed.
+    lost, again, other = make_jobs(3)
+    real = database.run
+
+    def unanswered(work, tries=5):
+        real(work)
+        raise ServiceUnavailable("away", code="database_unavailable")
+
+    monkeypatch.setattr(database, "run", unanswered)
+    executor.run("text.echo", [lost])
+    executor.run("text.echo", [again])
+    monkeypatch.setattr(database, "run", real)
+    executor.run("text.echo", [again, other])
+    executor.finishers.submit(lambda: None).result()
+    with database.read() as conn:
+        rows = {r.id: (r.state, r.attempt, r.strikes) for r in conn.execute(select(Job.id, Job.state, Job.attempt, Job.strikes))}
+    assert rows == {lost: ("queued", 1, 0), again: ("succeeded", 1, 0), other: ("succeeded", 1, 0)}

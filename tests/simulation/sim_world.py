@@ -436,6 +436,8 @@ class SimDatabase(Database):
             raise RuntimeError("transactions must not be nested")
         world.step(what)
         if world.db_down_until > world.now or process.cut_until > world.now:
+            # Whoever could not put its unsent jobs back leaves them to the rescue of lost hints.
+            world.unsent.pop(world.current, None)  # type: ignore[arg-type]
             # A refused connection answers at once, a cut one after its time-out.
             world.sleep(world.rng.choice((0.05, 1.0)))
             raise ServiceUnavailable("the database does not answer", code="database_unavailable")

@@ -33,7 +33,7 @@ from contentfactory.jobs.spec import RetryPolicy, get_kind
 from contentfactory.states import TERMINAL, BatchState, JobState, Priority
 from db import limits, waiting, warm
 from db.session import insert_for, now, upsert
-from db.sql import among, among_given, dumps, has_state, insert_rows, packed, was
+from db.sql import among, among_given, dumps, has_state, insert_rows, packed, statement_text, was
 from db.tables import (
     Artifact,
     Attempt,
@@ -51,7 +51,7 @@ from db.tables import (
     Share,
     Worker,
 )
-from db.waiting import HELD_BATCHES, PAUSED_PROJECTS, statement_text
+from db.waiting import HELD_BATCHES, PAUSED_PROJECTS
 
 CHUNK = 500
 """Ids in one statement: below SQLite's limit on variables, and short transactions on both."""
@@ -243,15 +243,14 @@ def _lock_parents(conn: Connection, ids: set[str]) -> dict[str, str]:
 
 
 def _insert_new(conn: Connection, table: Any, rows: list[dict[str, Any]]) -> set[str]:
-    new: set[str] = set()
+    rows = [{k: json.loads(v) if k in ("params", "labels") else v for k, v in row.items()} for row in rows]
     if len(rows) == 1:
         # What a single submit writes: one statement for all of them.
-        row = {k: json.loads(v) if k in ("params", "labels") else v for k, v in rows[0].items()}
-        return set(conn.execute(_insert_one(conn.dialect.name, table), row).scalars().all())
+        return set(conn.execute(_insert_one(conn.dialect.name, table), rows[0]).scalars().all())
+    new: set[str] = set()
     # The number of variables in one statement is bounded on SQLite (32,766) and PostgreSQL (65,535).
     for chunk in _chunks(rows, max(1, 20_000 // max(1, len(rows[0]) if rows else 1))):
-        values = [{k: json.loads(v) if k in ("params", "labels") else v for k, v in row.items()} for row in chunk]
-        statement = insert_for(conn, table).values(values).on_conflict_do_nothing()
+        statement = insert_for(conn, table).values(list(chunk)).on_conflict_do_nothing()
         if table is Job:
             new.update(conn.execute(statement.returning(Job.c.id)).scalars())
         else:
@@ -320,7 +319,7 @@ def dispatch(conn: Connection, queue: str, *, cap_s: float, max_jobs: int = 4096
     if not candidates:
         return []
     fair = waiting.Fair(conn, queue, candidates, look.clock, bool(look.jobs))
-    # Of these nothing is on the broker, and their hints would stand behind seconds of other projects' work: each sends one past that.
+    # Their hints would stand behind seconds of other projects' work: each sends one past that.
     strangers = fair.strangers
     if full:
         bound = waiting.STRANGERS if look.jobs < 2 * max_jobs * workers else 0

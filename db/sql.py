@@ -35,6 +35,10 @@ _PLAIN = re.compile(r"[\w./:@-]+", re.ASCII)
 _UNWELL = f"jobs.state IN ({', '.join(repr(str(state)) for state in UNWELL)})"
 
 
+statement_text = functools.cache(text)
+"""Statements in words, taken apart once."""
+
+
 def among(conn: Connection, column: Any, values: Iterable[str]) -> ColumnElement[bool]:
     """Whether a text column is one of the values: one parameter, however many they are, and one statement for every number of them."""
     dialect = conn.dialect.name
@@ -111,4 +115,4 @@ def insert_rows(conn: Connection, table: Any, columns: Sequence[str], rows: Sequ
     conn.exec_driver_sql(f"INSERT INTO {table.name} ({names}) VALUES ({values})", list(rows))  # noqa: S608 - names of our own
 
 
-__all__ = ["COPY_FROM", "among", "among_given", "dumps", "has_state", "insert_rows", "packed", "was"]
+__all__ = ["COPY_FROM", "among", "among_given", "dumps", "has_state", "insert_rows", "packed", "statement_text", "was"]

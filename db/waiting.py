@@ -6,22 +6,18 @@ from functools import cache
 from itertools import islice
 from typing import Any
 
-from sqlalchemy import Connection, String, and_, bindparam, cast, func, or_, select, text
+from sqlalchemy import Connection, String, and_, bindparam, cast, func, or_, select
 
 from contentfactory.jobs.spec import get_kind
 from contentfactory.states import BatchState, JobState
 from db.session import now
-from db.sql import among_given, has_state, packed
+from db.sql import among_given, has_state, packed, statement_text
 from db.tables import Batch, Job, Mark, Project, Queue, Share, Worker
 
 
 def queues_with_work(conn: Connection) -> list[str]:
     """Queues that have queued jobs, found by skipping along the index."""
     return _skip_scan(conn, "SELECT queue FROM jobs WHERE state = 'queued' AND queue > :after ORDER BY queue LIMIT 1", {})
-
-
-statement_text = cache(text)
-"""Statements in words, taken apart once."""
 
 
 def _skip_scan(conn: Connection, sql: str, params: dict[str, Any]) -> list[str]:
@@ -123,10 +119,10 @@ class Fair:
         self._weights = {project: max(row.weight, 1e-6) for project, row in known.items()}
         told = {project: row.virtual_seconds for project, row in known.items() if row.virtual_seconds is not None}
         self._began = {p: told[p] - seconds / self._weights[p] for p, seconds in flying.items() if p in told}
-        served = min(self._began.values(), default=clock)
-        self.clock = max(clock, served)
+        self.clock = max(clock, min(self._began.values(), default=clock))
         self.virtual = {p: told.get(p, self.clock) if p in flying else max(told.get(p, 0.0), self.clock) for p in candidates}
-        self.strangers = {p for p in candidates if flying and p not in flying and self.virtual[p] <= max(served, self.clock) + 1e-9}
+        # Of these nothing is on the broker, and they have had no more than whoever has had least: they may go past what waits there.
+        self.strangers = {p for p in candidates if flying and p not in flying and self.virtual[p] <= self.clock}
         self.charged: set[str] = set()
 
     def charge(self, project: str, seconds: float) -> None:

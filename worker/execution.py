@@ -149,7 +149,7 @@ class Executor:
         self._draining = False
         self._models: dict[str, ResolvedModel] = {}
         self._flying: set[str] = set()
-        self._unsure: set[str] = set()
+        self._unsure: set[str] = set()  # named by a claim that was not answered; whether it took effect, the next one asks
         self._uncleared: list[Path] = []
         # Objects that this process put a moment ago, with the time: equal outputs (an empty text, a silence) are put once. The
         # sweep takes nothing that is younger than its window, so a fraction of that is safe.

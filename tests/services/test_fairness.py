@@ -1,5 +1,6 @@
 """I14: of K projects of equal weight each gets its share; one's backlog delays another's single job by what runs, not by what waits."""
 
+import base64
 import json
 from collections import Counter
 
@@ -36,7 +37,7 @@ class Line:
         if found is None:
             return Counter()
         message = transport.read_hint(found[1], "text")
-        ids = json.loads(transport.base64.b64decode(message["body"]))[0][0]
+        ids = json.loads(base64.b64decode(message["body"]))[0][0]
         claimed = self.database.run(lambda conn: lifecycle.claim(conn, ids, "w", 60.0))
         self.database.run(lambda conn: lifecycle.finish(conn, [lifecycle.Success(c.id, c.attempt) for c in claimed]))
         return Counter(c.project_id for c in claimed)

@@ -475,7 +475,6 @@ class TestGenerate:
         with pytest.raises(FactoryError, match="64 to 2048"):
             get_kind("image.generate").validate({"prompt": "x", "size": "10x9999"})
 
-    @pytest.mark.skipif("text-to-image" not in load_catalogue(), reason="the default model is not trained yet")
     def test_default_model_follows_its_prompt(self, folder: Path) -> None:
         models = self.context(folder, model("text-to-image", folder))
         prompts = ["a red apple", "a blue heart", "a yellow lemon", "a green frog"]

@@ -369,10 +369,12 @@ def test_sampling_is_decided_by_the_job(monkeypatch):
 def test_a_broken_exporter_hurts_nobody():
     from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
-    tracer = tracing.open_tracer("worker", InMemorySpanExporter())
+    exporter = InMemorySpanExporter()
+    tracer = tracing.open_tracer("worker", exporter)
     tracer._tracer = None
     tracer.attempt(attempted("job_0197c1d2e5f17a3c8e0b4a6d9c2f1e77"))
     tracer.close()
+    assert exporter.get_finished_spans() == ()
 
 
 def test_a_workers_group_is_traced_and_its_loads_are_counted(database, make_jobs, metrics, look, tmp_path):

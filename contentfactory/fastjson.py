@@ -7,6 +7,8 @@ from pydantic_core import from_json
 
 dumps = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False).encode
 """Compact, in Unicode."""
+dumps_ascii = json.JSONEncoder().encode
+"""With escapes for all that is not ASCII, halves of a surrogate pair too: what any column takes."""
 dumps_sorted = json.JSONEncoder(sort_keys=True).encode
 """With sorted keys and the usual spaces: what digests and seeds are made of."""
 
@@ -23,4 +25,4 @@ def loads(text: str | bytes) -> Any:
         return json.loads(text)  # halves of a surrogate pair, which the quick reader refuses
 
 
-__all__ = ["dumps", "dumps_sorted", "loads"]
+__all__ = ["dumps", "dumps_ascii", "dumps_sorted", "loads"]

@@ -61,12 +61,18 @@ def list_page(conn: Connection, project_id: str, *, after: str | None = None, li
     return conn.execute(query).mappings().all()
 
 
-_IN_STATE = select(Batch.id).where(Batch.finished_at.is_(None), Batch.state == bindparam("state")).order_by(Batch.id)
+_MOVING = (
+    select(Batch.id, Batch.state)
+    .where(Batch.finished_at.is_(None), Batch.state.in_((BatchState.EXPANDING, BatchState.CANCELLING)))
+    .order_by(Batch.state.desc(), Batch.id)
+)
 
 
-def ids_in(conn: Connection, state: BatchState) -> list[str]:
-    """Ids of unfinished batches in a state, oldest first."""
-    return list(conn.execute(_IN_STATE, {"state": state}).scalars())
+def moving(conn: Connection) -> list[tuple[str, str]]:
+    """Ids and states of the batches that a timer has to do something about: first those that expand, oldest first, then those that are
+    being cancelled.
+    """
+    return [(row.id, row.state) for row in conn.execute(_MOVING)]
 
 
 def advance(conn: Connection, batch_id: str, old: int, new: int, jobs: int) -> BatchState | None:
@@ -76,14 +82,16 @@ def advance(conn: Connection, batch_id: str, old: int, new: int, jobs: int) -> B
         The batch's state, under a lock until the transaction ends: ``expanding``, or ``cancelling``, and then the rows are to be
         cancelled at once. None if somebody else has moved the cursor (then write nothing: they wrote those rows).
     """
-    statement = (
-        update(Batch)
-        .where(Batch.id == batch_id, Batch.cursor == old, Batch.state.in_((BatchState.EXPANDING, BatchState.CANCELLING)))
-        .values(cursor=new, total=Batch.total + jobs)
-        .returning(Batch.state)
-    )
-    state = conn.execute(statement).scalar()
+    state = conn.execute(_ADVANCED, {"p_batch": batch_id, "p_old": old, "p_new": new, "p_jobs": jobs}).scalar()
     return BatchState(state) if state else None
+
+
+_ADVANCED = (
+    update(Batch)
+    .where(Batch.id == bindparam("p_batch"), Batch.cursor == bindparam("p_old"), Batch.state.in_((BatchState.EXPANDING, BatchState.CANCELLING)))
+    .values(cursor=bindparam("p_new"), total=Batch.total + bindparam("p_jobs"))
+    .returning(Batch.state)
+)
 
 
 def expanded(conn: Connection, batch_id: str) -> bool:

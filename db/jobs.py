@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import Any
 
-from sqlalchemy import Connection, RowMapping, and_, bindparam, literal_column, or_, select
+from sqlalchemy import Connection, RowMapping, and_, bindparam, literal_column, null, or_, select
 
 from contentfactory.states import UNWELL, JobState
 from db.models import Artifact, Attempt, Dependency, Event, Job
@@ -123,9 +123,15 @@ def artifact(conn: Connection, project_id: str, artifact_id: str) -> RowMapping 
 
 
 def attempts(conn: Connection, job_id: str) -> Sequence[RowMapping]:
-    """Every attempt of a job."""
+    """Every attempt of a job, the one that is under way included: that has no row yet, and no outcome."""
     columns = (Attempt.attempt, Attempt.worker, Attempt.group_size, Attempt.started_at, Attempt.finished_at, Attempt.outcome, Attempt.error, Attempt.phases)
-    return conn.execute(select(*columns).where(Attempt.job_id == job_id).order_by(Attempt.attempt)).mappings().all()
+    current = select(
+        Job.attempt, Job.lease_owner.label("worker"), Job.group_size, Job.started_at, null().label("finished_at"), null().label("outcome"),
+        null().label("error"), null().label("phases"),
+    ).where(Job.id == job_id, Job.state == JobState.RUNNING)  # fmt: skip
+    ended = conn.execute(select(*columns).where(Attempt.job_id == job_id).order_by(Attempt.attempt)).mappings().all()
+    known = {row["attempt"] for row in ended}
+    return [*ended, *(row for row in conn.execute(current).mappings() if row["attempt"] not in known)]
 
 
 def events(conn: Connection, *, job_id: str | None = None, batch_id: str | None = None, after: int = 0, limit: int = 1000) -> Sequence[RowMapping]:

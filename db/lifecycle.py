@@ -403,21 +403,25 @@ def undispatch(conn: Connection, ids: Sequence[str], delay_s: float = 0.0) -> in
     return conn.execute(waiting.values(state=JobState.QUEUED, dispatched_at=None, **later)).rowcount
 
 
-def rescue_dispatched(conn: Connection, queue: str, before: float) -> int:
+def rescue_dispatched(conn: Connection, queue: str, oldest: float | None, margin_s: float = 0.0) -> int:
     """Queue jobs again whose hint is lost.
 
     Args:
         conn: Connection in a write transaction.
         queue: Queue.
-        before: Dispatch time of the oldest hint that still waits in the broker (now, less a margin, where none waits):
-            the broker hands hints out in order, so an older one that nobody claimed is gone.
+        oldest: Dispatch time of the oldest hint that still waits in the broker; None where none waits. The broker hands hints out in
+            order, so an older one that nobody claimed is gone.
+        margin_s: A hint younger than this may be on its way into a worker's hands, seconds.
     """
-    return conn.execute(_LOST, {"p_queue": queue, "p_before": before}).rowcount
+    return conn.execute(_LOST, {"p_queue": queue, "p_before": 1e18 if oldest is None else oldest, "p_margin": margin_s}).rowcount
 
 
 _LOST = (
     update(Job)
-    .where(Job.c.queue == bindparam("p_queue"), has_state(JobState.DISPATCHED), Job.c.dispatched_at < bindparam("p_before"))
+    .where(
+        Job.c.queue == bindparam("p_queue"), has_state(JobState.DISPATCHED), Job.c.dispatched_at < bindparam("p_before"),
+        Job.c.dispatched_at < now() - bindparam("p_margin"),
+    )
     .values(state=JobState.QUEUED, dispatched_at=None)
 )
 
@@ -457,11 +461,7 @@ def claim(conn: Connection, ids: Sequence[str], worker: str, lease_s: float, kin
         conn.execute(back.values(state=JobState.QUEUED, dispatched_at=None))
         if claimed:
             conn.execute(update(Job).where(among(conn, Job.c.id, claimed), was(JobState.RUNNING)).values(group_size=len(claimed)))
-    rows = [(c.id, c.attempt, worker, len(claimed), c.started_at) for c in claimed.values()]
-    insert_rows(conn, Attempt, ("job_id", "attempt", "worker", "group_size", "started_at"), rows)
     return [claimed[i] for i in ids if i in claimed]
-
-
 
 
 @cache
@@ -581,8 +581,13 @@ def forget_worker(conn: Connection, worker: str) -> None:
 # --- the end of an attempt ------------------------------------------------------------------------------------------
 
 
-def finish(conn: Connection, results: Sequence[Success]) -> list[str]:
+def finish(conn: Connection, results: Sequence[Success], worker: str | None = None) -> list[str]:
     """Commit successful attempts in one fenced transaction: state, artifacts, models, counters, events, children.
+
+    Args:
+        conn: Connection in a write transaction.
+        results: What the attempts came to.
+        worker: Who ran them; looked up where left out.
 
     Returns:
         Ids that were published. Others were fenced (another attempt holds the job) or cancelled meanwhile.
@@ -591,6 +596,9 @@ def finish(conn: Connection, results: Sequence[Success]) -> list[str]:
         return []
     done: dict[str, Any] = {}
     dialect = conn.dialect.name
+    owners: dict[str, str | None] = {}
+    if worker is None:
+        owners = {row.id: row.lease_owner for row in conn.execute(_owners(dialect), {"p_ids": packed(dialect, [r.job_id for r in results])})}
     for attempt, ids in _by_attempt((r.job_id, r.attempt) for r in results).items():
         fence = {"p_ids": packed(dialect, ids), "p_attempt": attempt}
         hit = {row.id: row for row in conn.execute(_succeeded(dialect), fence).all()}
@@ -600,7 +608,7 @@ def finish(conn: Connection, results: Sequence[Success]) -> list[str]:
                 stop(conn, Stop(job_id, attempt, {"type": "cancelled", "code": "cancelled", "message": "cancelled while it ran"}))
     if not done:
         return []
-    at = database_time(conn)
+    at = max(row.finished_at for row in done.values())
     published = [r for r in results if (row := done.get(r.job_id)) is not None and row.attempt == r.attempt]
     refuse_doomed(conn, {a.object_key for r in published for a in r.artifacts}, list(done))
     _refuse_gone(conn, {a.object_key for r in published if r.reused_from for a in r.artifacts})
@@ -617,8 +625,14 @@ def finish(conn: Connection, results: Sequence[Success]) -> list[str]:
     keyed = [r for r in published if r.result_key or r.reused_from]
     if keyed:
         conn.execute(_KEYED, [{"p_job": r.job_id, "p_key": r.result_key, "p_source": r.reused_from} for r in keyed])
-    _close_attempts(conn, [(r.job_id, r.attempt, "succeeded", None, r.phases) for r in published], at)
-    _ended(conn, list(done.values()), JobState.SUCCEEDED, reused={r.job_id for r in keyed if r.reused_from})
+    told: dict[int, str | None] = {id(r.phases): dumps(dict(r.phases)) if r.phases else None for r in published}
+    attempts = []
+    for r in published:
+        row = done[r.job_id]
+        ran = worker or owners.get(r.job_id) or ""
+        attempts.append((r.job_id, r.attempt, ran, row.group_size, row.started_at, row.finished_at, "succeeded", None, told[id(r.phases)]))
+    insert_rows(conn, Attempt, _ATTEMPT, attempts)
+    _ended(conn, list(done.values()), JobState.SUCCEEDED, at, reused={r.job_id for r in keyed if r.reused_from})
     _unblock(conn, list(done))
     return list(done)
 
@@ -629,8 +643,20 @@ def _succeeded(dialect: str) -> Any:
         "state": JobState.SUCCEEDED, "finished_at": now(), "progress": 1.0, "message": None, "error": null(), "lease_owner": None,
         "lease_until": None,
     }  # fmt: skip
-    columns = (Job.c.id, Job.c.attempt, Job.c.project_id, Job.c.batch_id, Job.c.kind, Job.c.seed, Job.c.model)
+    columns = (
+        Job.c.id, Job.c.attempt, Job.c.project_id, Job.c.batch_id, Job.c.kind, Job.c.seed, Job.c.model, Job.c.group_size, Job.c.started_at,
+        Job.c.finished_at,
+    )  # fmt: skip
     return update(Job).where(*_fence(dialect), ~Job.c.cancel_requested).values(values).returning(*columns)
+
+
+@cache
+def _owners(dialect: str) -> Any:
+    return select(Job.c.id, Job.c.lease_owner).where(among_given(dialect, Job.c.id, "p_ids"))
+
+
+_ATTEMPT = ("job_id", "attempt", "worker", "group_size", "started_at", "finished_at", "outcome", "error", "phases")
+"""Columns of an attempt's row. It is written when the attempt ends; until then the job's own row says as much."""
 
 
 @cache
@@ -814,7 +840,7 @@ def decide(error_class: str, *, group_size: int, strikes: int, tries: Mapping[st
 _ENDING = (
     select(
         Job.c.id, Job.c.attempt, Job.c.project_id, Job.c.batch_id, Job.c.kind, Job.c.group_size, Job.c.strikes, Job.c.tries,
-        Job.c.group_limit, Job.c.cancel_requested, Job.c.seed, Job.c.model,
+        Job.c.group_limit, Job.c.cancel_requested, Job.c.seed, Job.c.model, Job.c.lease_owner, Job.c.started_at,
     )
     .where(Job.c.id == bindparam("p_job"), Job.c.attempt == bindparam("p_attempt"), was(JobState.RUNNING))
     .with_for_update()
@@ -840,11 +866,13 @@ def stop(conn: Connection, result: Stop) -> JobState | None:
         "p_job": row.id, "p_attempt": row.attempt, "p_state": verdict.state, "p_error": dict(result.error), "p_tries": dict(verdict.tries),
         "p_strikes": verdict.strikes, "p_limit": verdict.group_limit, "p_delay_s": verdict.delay_s,
     }  # fmt: skip
-    conn.execute(_stopped(terminal), values)
-    at = database_time(conn)
-    _close_attempts(conn, [(row.id, row.attempt, error_class, result.error, result.phases)], at)
+    at = conn.execute(_stopped(terminal), values).scalar_one()
+    told = dumps(dict(result.error)), dumps(dict(result.phases)) if result.phases else None
+    attempt = (row.id, row.attempt, row.lease_owner or "", row.group_size, row.started_at, at, error_class, *told)
+    # A worker of an earlier release wrote the row when it claimed the job.
+    insert_rows(conn, Attempt, _ATTEMPT, [attempt], replacing=("job_id", "attempt"))
     if terminal:
-        _ended(conn, [row], verdict.state, error=result.error)
+        _ended(conn, [row], verdict.state, at, error=result.error)
         _fail_children(conn, [row.id])
     else:
         data = {"attempt": row.attempt, "error": dict(result.error), "delay_s": round(verdict.delay_s, 3)}
@@ -859,46 +887,19 @@ def _stopped(terminal: bool) -> Any:
         "strikes": bindparam("p_strikes"), "group_limit": bindparam("p_limit"), "lease_owner": None, "lease_until": None, "dispatched_at": None,
         "progress": None, "message": None, **({"finished_at": now()} if terminal else {"run_after": now() + bindparam("p_delay_s", type_=Double)}),
     }  # fmt: skip
-    return update(Job).where(Job.c.id == bindparam("p_job"), Job.c.attempt == bindparam("p_attempt"), was(JobState.RUNNING)).values(values)
+    fence = (Job.c.id == bindparam("p_job"), Job.c.attempt == bindparam("p_attempt"), was(JobState.RUNNING))
+    return update(Job).where(*fence).values(values).returning(now())
 
 
-def _close_attempts(conn: Connection, items: Sequence[tuple[str, int, str, Mapping[str, Any] | None, Mapping[str, float]]], at: float) -> None:
-    # The members of a micro-batch share outcome and phases: then one statement closes all of them.
-    alike: dict[tuple[int, str, str | None, str | None], list[str]] = defaultdict(list)
-    told: dict[int, str | None] = {}
-    for job_id, attempt, outcome, error, phases in items:
-        if id(phases) not in told:
-            told[id(phases)] = dumps(dict(phases)) if phases else None
-        alike[(attempt, outcome, dumps(dict(error)) if error else None, told[id(phases)])].append(job_id)
-    dialect = conn.dialect.name
-    for (attempt, outcome, reason, spent), ids in alike.items():
-        values = {
-            "p_ids": packed(dialect, ids), "p_attempt": attempt, "p_at": at, "p_outcome": outcome,
-            "p_error": json.loads(reason) if reason else null(), "p_phases": json.loads(spent) if spent else null(),
-        }  # fmt: skip
-        conn.execute(_closed(dialect), values)
-
-
-@cache
-def _closed(dialect: str) -> Any:
-    ours = among_given(dialect, Attempt.c.job_id, "p_ids"), Attempt.c.attempt == bindparam("p_attempt")
-    values = {
-        "finished_at": bindparam("p_at"), "outcome": bindparam("p_outcome"), "error": bindparam("p_error", type_=Attempt.c.error.type),
-        "phases": bindparam("p_phases", type_=Attempt.c.phases.type),
-    }  # fmt: skip
-    return update(Attempt).where(*ours).values(values)
-
-
-def _ended(conn: Connection, rows: Sequence[Any], state: JobState, *, error: Mapping[str, Any] | None = None,
+def _ended(conn: Connection, rows: Sequence[Any], state: JobState, at: float, *, error: Mapping[str, Any] | None = None,
            reused: set[str] | None = None) -> None:  # fmt: skip
-    """Counters and events of jobs that have just become terminal."""
+    """Counters and events of jobs that have just become terminal, at that time of the database's."""
     deltas = Counter((row.batch_id, row.kind, str(state)) for row in rows if row.batch_id)
     for row in rows:
         if reused and row.batch_id and row.id in reused:
             deltas[(row.batch_id, row.kind, "reused")] += 1
     _add_deltas(conn, deltas)
     events: list[tuple[Any, ...]] = []
-    at = database_time(conn) if rows else 0.0
     grouped: dict[tuple[str, str], list[str]] = defaultdict(list)
     alone = dumps({"state": str(state), **({"error": dict(error)} if error else {})})
     for row in rows:
@@ -932,15 +933,14 @@ def _children(dialect: str) -> Any:
 def _fail_children(conn: Connection, parents: Sequence[str]) -> None:
     """Fail what waits for jobs that ended without a result, down the graph, each with a reason that names its parent."""
     level = list(parents)
+    dialect = conn.dialect.name
     while level:
-        names = {
-            row.id: row for chunk in _chunks(level)
-            for row in conn.execute(select(Job.c.id, Job.c.custom_id, Job.c.kind, Job.c.state, Job.c.error).where(Job.c.id.in_(chunk)))
-        }  # fmt: skip
         edges: dict[str, str] = {}
-        for chunk in _chunks(level):
-            for edge in conn.execute(select(Dependency.c.job_id, Dependency.c.parent_id).where(Dependency.c.parent_id.in_(chunk))):
-                edges.setdefault(edge.job_id, edge.parent_id)
+        for edge in conn.execute(_edges(dialect), {"p_ids": packed(dialect, level)}):
+            edges.setdefault(edge.job_id, edge.parent_id)
+        if not edges:
+            return
+        names = {row.id: row for row in conn.execute(_causes(dialect), {"p_ids": packed(dialect, set(edges.values()))})}
         next_level = []
         for child, parent in edges.items():
             cause = names[parent]
@@ -954,12 +954,22 @@ def _fail_children(conn: Connection, parents: Sequence[str]) -> None:
                 update(Job)
                 .where(Job.c.id == child, was(JobState.BLOCKED))
                 .values(state=state, error=error, finished_at=now())
-                .returning(Job.c.id, Job.c.project_id, Job.c.batch_id, Job.c.kind)
+                .returning(Job.c.id, Job.c.project_id, Job.c.batch_id, Job.c.kind, Job.c.finished_at)
             ).one_or_none()
             if row is not None:
-                _ended(conn, [row], state, error=error)
+                _ended(conn, [row], state, row.finished_at, error=error)
                 next_level.append(child)
         level = next_level
+
+
+@cache
+def _edges(dialect: str) -> Any:
+    return select(Dependency.c.job_id, Dependency.c.parent_id).where(among_given(dialect, Dependency.c.parent_id, "p_ids"))
+
+
+@cache
+def _causes(dialect: str) -> Any:
+    return select(Job.c.id, Job.c.custom_id, Job.c.kind, Job.c.state, Job.c.error).where(among_given(dialect, Job.c.id, "p_ids"))
 
 
 # --- rescue ---------------------------------------------------------------------------------------------------------
@@ -971,9 +981,8 @@ def reap(conn: Connection, *, lease_s: float, period_s: float, limit: int = 1000
     Returns:
         Count by new state, plus ``extended``.
     """
-    at = database_time(conn)
     last = conn.execute(_LAST_REAPED).scalar()
-    _set_mark(conn, "reaper", at)
+    at = conn.execute(_marked_now(conn.dialect.name), {"name": "reaper"}).scalar_one()
     if last is None or at - last > max(3 * period_s, lease_s / 2):
         # Nobody could renew while the database or the whole factory was away: give live workers one lease to say so.
         n = conn.execute(
@@ -1042,6 +1051,12 @@ _STUCK = (
 
 def _set_mark(conn: Connection, name: str, value: float) -> None:
     conn.execute(_marked(conn.dialect.name), {"name": name, "value": value})
+
+
+@cache
+def _marked_now(dialect: str) -> Any:
+    statement = upsert(dialect, Mark).values(value=now())
+    return statement.on_conflict_do_update(index_elements=[Mark.c.name], set_={"value": statement.excluded.value}).returning(Mark.c.value)
 
 
 @cache
@@ -1127,10 +1142,7 @@ def close_batches(conn: Connection, batch_ids: Iterable[str] | None = None) -> l
         if _ended_jobs(per_kind) < row.total:
             continue
         state = BatchState.CANCELLED if row.state == BatchState.CANCELLING else BatchState.COMPLETED
-        hit = conn.execute(
-            update(Batch).where(Batch.c.id == row.id, Batch.c.state == row.state, Batch.c.finished_at.is_(None)).values(state=state, finished_at=now())
-        ).rowcount
-        if hit:
+        if conn.execute(_FINISHED, {"p_batch": row.id, "p_old": row.state, "p_state": state}).rowcount:
             totals: Counter[str] = Counter()
             for states in per_kind.values():
                 totals.update(states)
@@ -1139,6 +1151,11 @@ def close_batches(conn: Connection, batch_ids: Iterable[str] | None = None) -> l
     return closed
 
 
+_FINISHED = (
+    update(Batch)
+    .where(Batch.c.id == bindparam("p_batch"), Batch.c.state == bindparam("p_old"), Batch.c.finished_at.is_(None))
+    .values(state=bindparam("p_state"), finished_at=now())
+)
 _UNFINISHED = select(Batch.c.id, Batch.c.project_id, Batch.c.state, Batch.c.total, Batch.c.cursor, Batch.c.source).where(
     Batch.c.finished_at.is_(None), Batch.c.state.in_((BatchState.RUNNING, BatchState.CANCELLING))
 )
@@ -1162,13 +1179,14 @@ def cancel_jobs(conn: Connection, ids: Sequence[str]) -> dict[str, int]:
             update(Job)
             .where(Job.c.id.in_(chunk), was(*_WAITING))
             .values(state=JobState.CANCELLED, finished_at=now(), error=error, cancel_requested=True, dispatched_at=None)
-            .returning(Job.c.id, Job.c.project_id, Job.c.batch_id, Job.c.kind)
+            .returning(Job.c.id, Job.c.project_id, Job.c.batch_id, Job.c.kind, Job.c.finished_at)
         ).all()
         requested += conn.execute(
             update(Job).where(Job.c.id.in_(chunk), was(JobState.RUNNING), ~Job.c.cancel_requested).values(cancel_requested=True)
         ).rowcount
-        _ended(conn, rows, JobState.CANCELLED)
-        _fail_children(conn, [r.id for r in rows])
+        if rows:
+            _ended(conn, rows, JobState.CANCELLED, max(row.finished_at for row in rows))
+            _fail_children(conn, [r.id for r in rows])
         ended += len(rows)
     return {"cancelled": ended, "requested": requested}
 

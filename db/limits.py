@@ -8,14 +8,14 @@ hold memory and make each job wait.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache
 from typing import Any
 
 from sqlalchemy import Connection, bindparam, select
 
 from db.models import GroupLimit, Worker
-from db.session import insert_for, now
+from db.session import now, upsert
 from db.sql import among_given, packed
 
 STREAK = 16
@@ -192,12 +192,18 @@ def learn(conn: Connection, measured: Iterable[Measured]) -> dict[str, int]:
         # A larger size than the best was measured: the choice by speed is fresh again.
         fresh = (new.most, new.best) != (old.most, old.best) or any(m.groups and m.size > new.best for m in items)
         first = items[0]
-        statement = insert_for(conn, GroupLimit).values(
-            share_key=share_key, device=device, kind=first.kind, model=first.model, learned_at=now(), **asdict(new)
-        )
-        changed = {**asdict(new), **({"learned_at": now()} if fresh else {})}
-        conn.execute(statement.on_conflict_do_update(index_elements=[GroupLimit.share_key, GroupLimit.device], set_=changed))
+        values = {"share_key": share_key, "device": device, "kind": first.kind, "model": first.model, **asdict(new)}
+        conn.execute(_learned(conn.dialect.name, fresh), values)
     return out
+
+
+@cache
+def _learned(dialect: str, fresh: bool) -> Any:
+    statement = upsert(dialect, GroupLimit).values(learned_at=now())
+    changed = [f.name for f in fields(Limit)] + ["learned_at"] * fresh
+    return statement.on_conflict_do_update(
+        index_elements=[GroupLimit.share_key, GroupLimit.device], set_={name: statement.excluded[name] for name in changed}
+    )
 
 
 _COLUMNS = (

@@ -16,7 +16,7 @@ from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.types import Double
 
 from contentfactory.errors import ConfigError, ServiceUnavailable
-from contentfactory.fastjson import loads
+from contentfactory.fastjson import dumps_ascii, loads
 
 T = TypeVar("T")
 
@@ -73,7 +73,7 @@ class Database:
             if parsed.database and parsed.database != ":memory:":
                 Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
             self.engine = create_engine(
-                parsed, connect_args={"timeout": 30.0, "check_same_thread": False}, pool_pre_ping=False, json_deserializer=loads
+                parsed, connect_args={"timeout": 30.0, "check_same_thread": False}, pool_pre_ping=False, json_deserializer=loads, json_serializer=dumps_ascii
             )
             event.listen(self.engine, "connect", _sqlite_connect)
             event.listen(self.engine, "begin", _sqlite_begin)
@@ -84,6 +84,7 @@ class Database:
                 max_overflow=10,
                 pool_timeout=connect_timeout_s,
                 json_deserializer=loads,
+                json_serializer=dumps_ascii,
                 connect_args={
                     "connect_timeout": max(1, int(connect_timeout_s)),
                     "keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 3,

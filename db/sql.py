@@ -92,7 +92,9 @@ def has_state(*states: JobState) -> ColumnElement[bool]:
     return and_(one, text(_UNWELL)) if states[0] in UNWELL else one
 
 
-def insert_rows(conn: Connection, table: Any, columns: Sequence[str], rows: Sequence[tuple[Any, ...]]) -> None:
+def insert_rows(
+    conn: Connection, table: Any, columns: Sequence[str], rows: Sequence[tuple[Any, ...]], replacing: Sequence[str] = ()
+) -> None:
     """Insert many rows, quickly: COPY on PostgreSQL, one prepared statement on SQLite.
 
     Args:
@@ -100,11 +102,12 @@ def insert_rows(conn: Connection, table: Any, columns: Sequence[str], rows: Sequ
         table: Where to; of `db.tables`.
         columns: Names of the columns; all others take the database's default.
         rows: A value for each column; JSON as text.
+        replacing: Columns of a unique key: a row that has the same values there is replaced.
     """
     if not rows:
         return
     names = ", ".join(columns)
-    if conn.dialect.name == "postgresql" and len(rows) >= COPY_FROM:
+    if conn.dialect.name == "postgresql" and len(rows) >= COPY_FROM and not replacing:
         cursor: Any = conn.connection.cursor()
         with cursor, cursor.copy(f"COPY {table.name} ({names}) FROM STDIN") as copy:
             for row in rows:
@@ -112,7 +115,11 @@ def insert_rows(conn: Connection, table: Any, columns: Sequence[str], rows: Sequ
         return
     mark = "%s" if conn.dialect.name == "postgresql" else "?"
     values = ", ".join([mark] * len(columns))
-    conn.exec_driver_sql(f"INSERT INTO {table.name} ({names}) VALUES ({values})", list(rows))  # noqa: S608 - names of our own
+    conflict = ""
+    if replacing:
+        rest = ", ".join(f"{name} = excluded.{name}" for name in columns if name not in replacing)
+        conflict = f" ON CONFLICT ({', '.join(replacing)}) DO UPDATE SET {rest}"
+    conn.exec_driver_sql(f"INSERT INTO {table.name} ({names}) VALUES ({values}){conflict}", list(rows))  # noqa: S608 - names of our own
 
 
 __all__ = ["COPY_FROM", "among", "among_given", "dumps", "has_state", "insert_rows", "packed", "statement_text", "was"]

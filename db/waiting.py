@@ -6,28 +6,37 @@ from functools import cache
 from itertools import islice
 from typing import Any
 
-from sqlalchemy import Connection, String, and_, bindparam, cast, func, or_, select
+from sqlalchemy import Connection, String, and_, bindparam, cast, func, or_, select, text
 
 from contentfactory.jobs.spec import get_kind
 from contentfactory.states import BatchState, JobState
 from db.session import now
-from db.sql import among_given, has_state, packed, statement_text
+from db.sql import among_given, has_state, packed
 from db.tables import Batch, Job, Mark, Project, Queue, Share, Worker
 
 
 def queues_with_work(conn: Connection) -> list[str]:
-    """Queues that have queued jobs, found by skipping along the index."""
-    return _skip_scan(conn, "SELECT queue FROM jobs WHERE state = 'queued' AND queue > :after ORDER BY queue LIMIT 1", {})
+    """Queues that have queued jobs."""
+    return list(conn.execute(_QUEUES).scalars())
 
 
-def _skip_scan(conn: Connection, sql: str, params: dict[str, Any]) -> list[str]:
-    found: list[str] = []
-    after = ""
-    statement = statement_text(sql)
-    while (value := conn.execute(statement, {**params, "after": after}).scalar()) is not None:
-        found.append(value)
-        after = value
-    return found
+def _skipping(column: str, among: str, order: str, but: str = "") -> Any:
+    """A query for the distinct values of an index's column that skips from each to the next, whatever number of rows lies between."""
+    step = f"SELECT {column} FROM jobs WHERE {among} AND {column} > {{after}} ORDER BY {order} LIMIT 1"  # noqa: S608 - names of our own
+    first, further = step.format(after="''"), step.format(after="found.value")
+    return text(
+        f"""WITH RECURSIVE found (value) AS (
+            SELECT * FROM ({first}) AS first UNION ALL SELECT ({further}) FROM found WHERE found.value IS NOT NULL
+        ) SELECT value FROM found WHERE value IS NOT NULL {but}"""  # noqa: S608
+    )
+
+
+_QUEUES = _skipping("queue", "state = 'queued'", "queue")
+_PROJECTS = _skipping(
+    "project_id", "state = 'queued' AND queue = :queue", "queue, project_id",
+    "AND NOT EXISTS (SELECT 1 FROM projects WHERE projects.id = found.value AND projects.paused)",
+)  # fmt: skip
+"""Projects that have queued jobs on a queue, without those that are paused."""
 
 
 HELD_BATCHES = select(Batch.c.id).where(Batch.c.finished_at.is_(None), or_(Batch.c.paused, Batch.c.state == BatchState.CANCELLING))
@@ -148,11 +157,15 @@ def spread(conn: Connection, queue: str, candidates: Mapping[str, "Waiting"], wo
         alike.update(rows.sizes())
     seen = sum(alike.values())
     most = workers * max(get_kind(rows.head.kind).max_group for rows in candidates.values())
-    ahead = select(Job.c.id).where(has_state(JobState.QUEUED), Job.c.queue == queue).limit(most).subquery()
-    waiting = seen if seen >= most else int(conn.execute(select(func.count()).select_from(ahead)).scalar_one())
+    waiting = seen if seen >= most else int(conn.execute(_AHEAD, {"p_queue": queue, "p_most": most}).scalar_one())
     if waiting >= most:
         return {}
     return {key: -(-n * max(waiting, seen) // (seen * workers)) for key, n in alike.items()}
+
+
+_AHEAD = select(func.count()).select_from(
+    select(Job.c.id).where(has_state(JobState.QUEUED), Job.c.queue == bindparam("p_queue")).limit(bindparam("p_most")).subquery()
+)
 
 
 class Waiting:
@@ -216,16 +229,12 @@ class Waiting:
 
 def candidates(conn: Connection, queue: str, at: float, window: int) -> dict[str, Waiting]:
     """The waiting jobs of each project that is not paused, at most ``window`` of one, those that are due."""
-    sql = "SELECT project_id FROM jobs WHERE state = 'queued' AND queue = :queue AND project_id > :after ORDER BY queue, project_id LIMIT 1"
-    projects = _skip_scan(conn, sql, {"queue": queue})
+    projects = conn.execute(_PROJECTS, {"queue": queue}).scalars().all()
     if not projects:
         return {}
-    paused = set(conn.execute(PAUSED_PROJECTS).scalars())
     per_project = max(32, min(window, 8192 // len(projects)))
     found: dict[str, Waiting] = {}
     for project in projects:
-        if project in paused:
-            continue
         rows = conn.execute(_QUEUED, {"p_queue": queue, "p_project": project, "p_at": at, "p_most": per_project}).all()
         if rows:
             found[project] = Waiting(rows)

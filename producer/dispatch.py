@@ -1,6 +1,7 @@
 """Dispatch: queued rows become hints on the broker. Anybody may run it at any time; SQL decides who gets what."""
 
 from collections.abc import Iterable
+from contextlib import suppress
 from functools import partial
 
 import structlog
@@ -67,7 +68,7 @@ class Dispatcher:
                 window = min(2 * window, LOOK_MOST)
         return sent
 
-    def rescue(self, queues: Iterable[str], margin_s: float = 5.0) -> int:
+    def rescue(self, queues: Iterable[str], margin_s: float = 5.0) -> dict[str, int]:
         """Queue jobs again whose hints the broker has lost.
 
         Args:
@@ -75,18 +76,17 @@ class Dispatcher:
             margin_s: A hint younger than this may still be on its way into a worker's hands.
 
         Returns:
-            Number of jobs.
+            Number of jobs by queue, where there were any.
         """
-        rescued = 0
-        for queue in queues:
-            try:
-                oldest = self.publisher.oldest(queue)
-            except ServiceUnavailable:
-                return rescued
-            with self.database.write() as conn:
-                edge = lifecycle.database_time(conn) - margin_s
-                n = lifecycle.rescue_dispatched(conn, queue, edge if oldest is None else min(edge, oldest))
-            if n:
-                log.warning("hints_lost", action="rescue", queue=queue, jobs=n)
-            rescued += n
-        return rescued
+        oldest: dict[str, float | None] = {}
+        with suppress(ServiceUnavailable):
+            for queue in queues:
+                oldest[queue] = self.publisher.oldest(queue)
+        if not oldest:
+            return {}
+        with self.database.write() as conn:
+            lost = {queue: lifecycle.rescue_dispatched(conn, queue, at, margin_s) for queue, at in oldest.items()}
+        lost = {queue: n for queue, n in lost.items() if n}
+        for queue, n in lost.items():
+            log.warning("hints_lost", action="rescue", queue=queue, jobs=n)
+        return lost

@@ -10,6 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 import structlog
+from sqlalchemy import Connection
 
 from contentfactory.errors import FactoryError, ServiceUnavailable
 from contentfactory.jobs.spec import QUEUES, load_kinds
@@ -53,16 +54,13 @@ class Timer:
     def tick(self) -> None:
         """One quick round: expand, dispatch, fold and close."""
         with self.database.read() as conn:
-            expanding = batches.ids_in(conn, BatchState.EXPANDING)
-            cancelling = batches.ids_in(conn, BatchState.CANCELLING)
-        for batch_id in expanding:
-            self.producer.expand(batch_id, seconds=self.settings.dispatch_period_s)
-        for batch_id in cancelling:
-            self.database.run(partial(lifecycle.cancel_batch, batch_id=batch_id))
+            moving = batches.moving(conn)
+        for batch_id, state in moving:
+            if state == BatchState.CANCELLING:
+                self.database.run(partial(lifecycle.cancel_batch, batch_id=batch_id))
             self.producer.expand(batch_id, seconds=self.settings.dispatch_period_s)
         self.dispatcher.dispatch()
-        self.database.run(lifecycle.fold_counts)
-        self.database.run(lifecycle.close_batches)
+        self.database.run(_fold_and_close)
 
     def rescue(self) -> None:
         """One slow round: leases, lost hints, stuck graphs."""
@@ -70,9 +68,8 @@ class Timer:
         states = self.database.run(lambda conn: lifecycle.reap(conn, lease_s=s.lease_s, period_s=s.reaper_period_s))
         if states:
             log.warning("leases_expired", action="reap", **states)
-        for queue in QUEUES:
-            lost = self.dispatcher.rescue([queue])
-            if lost and self.metrics:
+        for queue, lost in self.dispatcher.rescue(QUEUES).items():
+            if self.metrics:
                 self.metrics.hints_lost(queue, lost)
         stuck = self.database.run(lifecycle.unblock_stuck)
         if stuck:
@@ -116,6 +113,11 @@ class Timer:
             if self.metrics:
                 self.metrics.round(outcome)
             stop.wait(max(0.05, self.settings.dispatch_period_s - (time.monotonic() - started)))
+
+
+def _fold_and_close(conn: Connection) -> None:
+    lifecycle.fold_counts(conn)
+    lifecycle.close_batches(conn)
 
 
 def main() -> None:

@@ -529,7 +529,7 @@ class Executor:
 
             def work(conn: Any) -> list[str]:
                 stopped.update({stop.job_id: lifecycle.stop(conn, stop) for stop in stops})
-                published = lifecycle.finish(conn, successes)
+                published = lifecycle.finish(conn, successes, self.worker)
                 known.update(limits.learn(conn, learned))
                 failpoints.reached(failpoints.IN_COMMIT)
                 return published

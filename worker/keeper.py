@@ -173,6 +173,7 @@ class _Held:
     spoke: bool = False
     fraction: float | None = None
     message: str | None = None
+    written: tuple[float | None, str | None] = (None, None)
     group: frozenset[Key] = field(default_factory=frozenset)
 
 
@@ -267,7 +268,8 @@ class _Keeper:
     def beat(self) -> None:
         from db import lifecycle
 
-        notes = {key: (h.fraction, h.message) for key, h in self.held.items()}
+        # Progress that was written down already is not written again.
+        notes = {key: (None, None) if (h.fraction, h.message) == h.written else (h.fraction, h.message) for key, h in self.held.items()}
         report = [self.worker, self.queues, self.device, len(notes), self.names]
         fresh = report == self.reported and time.monotonic() - self.reported_at < REPORT_S
         if fresh and not notes:
@@ -281,6 +283,9 @@ class _Keeper:
             # Nobody said 'not yours': the work goes on, and the reaper waits a lease after such an outage.
             log.warning("heartbeat_failed", action="beat", error=error.message)
             return
+        for key, note in notes.items():
+            if note != (None, None):
+                self.held[key].written = note
         if not fresh:
             self.reported, self.reported_at = report, time.monotonic()
         if answer is None:

@@ -418,8 +418,9 @@ def test_pause_holds_dispatch_and_claim_and_resume_lets_go(database, project, ma
 def test_lost_hints_are_sent_again(database, make_jobs):
     ids = make_jobs(3)
     [hint] = dispatch(database)
-    assert database.run(lambda conn: lifecycle.rescue_dispatched(conn, "text", hint.dispatched_at)) == 0
-    assert database.run(lambda conn: lifecycle.rescue_dispatched(conn, "text", hint.dispatched_at + 1)) == 3
+    assert database.run(lambda conn: lifecycle.rescue_dispatched(conn, "text", hint.dispatched_at, -1.0)) == 0
+    assert database.run(lambda conn: lifecycle.rescue_dispatched(conn, "text", None, 60.0)) == 0
+    assert database.run(lambda conn: lifecycle.rescue_dispatched(conn, "text", hint.dispatched_at + 1, -1.0)) == 3
     [again] = dispatch(database)
     assert set(again.ids) == set(ids)
 

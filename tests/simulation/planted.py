@@ -99,8 +99,6 @@ def _seize(conn: Any, ids: Any, worker: str, lease_s: float, kind: str | None, *
         )
         .returning(Job.id, Job.attempt)
     ).all()  # fmt: skip
-    for job, attempt in taken:
-        conn.execute(insert(Attempt).values(job_id=job, attempt=attempt, worker=worker, group_size=1, started_at=now()))
     return lifecycle.claimed_by(conn, [job for job, _ in taken], worker)
 
 
@@ -113,8 +111,8 @@ def _current(conn: Any, job: str) -> int | None:
 def _finish_without_fence() -> Places:
     real = lifecycle.finish
 
-    def finish(conn: Any, results: Any) -> list[str]:
-        return real(conn, [replace(r, attempt=_current(conn, r.job_id) or r.attempt) for r in results])
+    def finish(conn: Any, results: Any, worker: str | None = None) -> list[str]:
+        return real(conn, [replace(r, attempt=_current(conn, r.job_id) or r.attempt) for r in results], worker)
 
     return [(lifecycle, "finish", finish)]
 
@@ -211,7 +209,6 @@ def _attempt_not_counted() -> Places:
         for one in real(conn, ids, worker, lease_s, kind):
             if one.attempt > 1:
                 conn.execute(delete(Attempt).where(Attempt.job_id == one.id, Attempt.attempt == one.attempt - 1))
-                conn.execute(update(Attempt).where(Attempt.job_id == one.id, Attempt.attempt == one.attempt).values(attempt=one.attempt - 1))
                 conn.execute(update(Job).where(Job.id == one.id).values(attempt=one.attempt - 1))
                 one = replace(one, attempt=one.attempt - 1)
             out.append(one)
@@ -243,8 +240,8 @@ def _blind_to_lost_answers() -> Places:
 def _counted_twice() -> Places:
     real = lifecycle.finish
 
-    def finish(conn: Any, results: Any) -> list[str]:
-        done = real(conn, results)
+    def finish(conn: Any, results: Any, worker: str | None = None) -> list[str]:
+        done = real(conn, results, worker)
         for row in conn.execute(select(Job.batch_id, Job.kind).where(Job.id.in_(done), Job.batch_id.is_not(None))).all():
             conn.execute(insert(BatchDelta).values(batch_id=row.batch_id, kind=row.kind, state="succeeded", n=1))
         return done
@@ -276,8 +273,8 @@ def _children_do_not_fail() -> Places:
 def _children_run_early() -> Places:
     real = lifecycle.finish
 
-    def finish(conn: Any, results: Any) -> list[str]:
-        done = real(conn, results)
+    def finish(conn: Any, results: Any, worker: str | None = None) -> list[str]:
+        done = real(conn, results, worker)
         children = select(Dependency.job_id).where(Dependency.parent_id.in_(done))
         conn.execute(update(Job).where(Job.id.in_(children), Job.state == JobState.BLOCKED).values(state=JobState.QUEUED))
         return done
@@ -303,7 +300,7 @@ def _no_undispatch() -> Places:
 
 def _rescue_too_eager() -> Places:
     real = lifecycle.rescue_dispatched
-    return [(lifecycle, "rescue_dispatched", lambda conn, queue, before: real(conn, queue, before + 1e6))]
+    return [(lifecycle, "rescue_dispatched", lambda conn, queue, oldest, margin_s=0.0: real(conn, queue, None, -1e6))]
 
 
 def _cursor_in_its_own_transaction() -> Places:

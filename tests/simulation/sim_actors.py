@@ -41,6 +41,7 @@ import producer.sweep
 import producer.timer
 import worker.execution
 import worker.keeper
+import worker.memory
 import worker.meter
 from contentfactory.errors import Conflict, FactoryError, InputError, NotFound, Released, TransientError
 from contentfactory.jobs import spec as specs
@@ -612,6 +613,8 @@ def installed() -> Iterator[None]:
         (worker.keeper, "threading", namespace(__import__("threading"), Thread=_NoThread)),
         (worker.keeper, "sys", namespace(__import__("sys"), stdout=_Pipe)),
         (worker.keeper, "os", namespace(os, kill=_kill_child)),
+        # Nothing here has tensors to give back, and the collector has its own times (`Simulation.play`).
+        (worker.memory, "release", lambda error=None: None),
     ]  # fmt: skip
     kept = {name: os.environ.get(name) for name in ("FACTORY_WORKER_NAME", "FACTORY_WORKER_QUEUES")}
     try:

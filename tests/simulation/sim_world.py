@@ -20,6 +20,7 @@ from sqlalchemy import create_engine, event
 from sqlalchemy.pool import StaticPool
 
 from contentfactory.errors import ServiceUnavailable, StorageError
+from contentfactory.fastjson import dumps_ascii, loads
 from db import session
 from db.models import Base
 from db.session import Database
@@ -341,7 +342,7 @@ class Ledger:
 
     def __init__(self) -> None:
         self.world: World | None = None
-        self.engine = create_engine("sqlite://", poolclass=StaticPool, connect_args={"check_same_thread": False, "cached_statements": 1024})
+        self.engine = create_engine("sqlite://", poolclass=StaticPool, json_serializer=dumps_ascii, json_deserializer=loads, connect_args={"check_same_thread": False, "cached_statements": 1024})
         event.listen(self.engine, "connect", self._connect)
         # As `session._sqlite_begin` does it, without the detour over an event.
         self.engine.dialect.do_begin = lambda connection: connection.driver_connection.execute("BEGIN IMMEDIATE")  # type: ignore[method-assign]

@@ -920,9 +920,21 @@ def _unblock(conn: Connection, parents: Sequence[str]) -> None:
         by_count[n].append(child)
     for n, children in by_count.items():
         # Subtracted, not counted anew: two parents may end at the same time and see only their own edge.
-        blocked = (among(conn, Job.c.id, children), was(JobState.BLOCKED))
-        conn.execute(update(Job).where(*blocked).values(pending=Job.c.pending - n))
-        conn.execute(update(Job).where(*blocked, Job.c.pending <= 0).values(state=JobState.QUEUED))
+        ids = packed(dialect, children)
+        conn.execute(_less_pending(dialect), {"p_ids": ids, "p_n": n})
+        conn.execute(_unblocked(dialect), {"p_ids": ids})
+
+
+@cache
+def _less_pending(dialect: str) -> Any:
+    blocked = (among_given(dialect, Job.c.id, "p_ids"), was(JobState.BLOCKED))
+    return update(Job).where(*blocked).values(pending=Job.c.pending - bindparam("p_n"))
+
+
+@cache
+def _unblocked(dialect: str) -> Any:
+    blocked = (among_given(dialect, Job.c.id, "p_ids"), was(JobState.BLOCKED))
+    return update(Job).where(*blocked, Job.c.pending <= 0).values(state=JobState.QUEUED)
 
 
 @cache
@@ -1096,24 +1108,38 @@ _DELTAS = (
     .limit(bindparam("p_most"))
 )
 _DELTAS_UNLOCKED = _DELTAS.with_for_update(skip_locked=True)
-_COUNTS = select(BatchCount.c.kind, BatchCount.c.state, BatchCount.c.n).where(BatchCount.c.batch_id == bindparam("p_batch")).union_all(
-    select(BatchDelta.c.kind, BatchDelta.c.state, BatchDelta.c.n).where(BatchDelta.c.batch_id == bindparam("p_batch"))
-)  # fmt: skip
 
 
 def counts(conn: Connection, batch_id: str) -> dict[str, dict[str, int]]:
     """Counters of a batch: kind → state → n, where ``total`` counts accepted jobs and ``reused`` is part of ``succeeded``."""
-    out: dict[str, dict[str, int]] = defaultdict(dict)
-    for kind, state, n in conn.execute(_COUNTS, {"p_batch": batch_id}).all():
-        out[kind][state] = out[kind].get(state, 0) + int(n)
-    return dict(out)
+    return _counts(conn, [batch_id])[batch_id]
+
+
+def _counts(conn: Connection, batch_ids: Iterable[str]) -> dict[str, dict[str, dict[str, int]]]:
+    """`counts` of many batches."""
+    dialect = conn.dialect.name
+    out: dict[str, dict[str, dict[str, int]]] = {batch_id: {} for batch_id in batch_ids}
+    for batch_id, kind, state, n in conn.execute(_counters(dialect), {"p_batches": packed(dialect, out)}).all():
+        states = out[batch_id].setdefault(kind, {})
+        states[state] = states.get(state, 0) + int(n)
+    return out
+
+
+@cache
+def _counters(dialect: str) -> Any:
+    folded, fresh = (
+        select(table.c.batch_id, table.c.kind, table.c.state, table.c.n).where(among_given(dialect, table.c.batch_id, "p_batches"))
+        for table in (BatchCount, BatchDelta)
+    )
+    return folded.union_all(fresh)
 
 
 def all_ended(conn: Connection, batch_ids: Iterable[str]) -> set[str]:
     """Those of the batches all of whose jobs have ended by the counters: a look that needs no write transaction."""
     dialect = conn.dialect.name
     totals = conn.execute(_totals(dialect), {"p_batches": packed(dialect, batch_ids)}).all()
-    return {row.id for row in totals if _ended_jobs(counts(conn, row.id)) >= row.total}
+    counted = _counts(conn, [row.id for row in totals]) if totals else {}
+    return {row.id for row in totals if _ended_jobs(counted[row.id]) >= row.total}
 
 
 @cache
@@ -1135,10 +1161,11 @@ def close_batches(conn: Connection, batch_ids: Iterable[str] | None = None) -> l
     if batch_ids is not None:
         query = query.where(among(conn, Batch.c.id, batch_ids))
     closed = []
-    for row in conn.execute(query).all():
-        if row.cursor < row.source.get("jobs", 0):
-            continue  # cancelled while it was expanding: the lines that are no rows yet have been accepted too
-        per_kind = counts(conn, row.id)
+    # One that was cancelled while it was expanding has lines that are no rows yet, and they have been accepted too.
+    whole = [row for row in conn.execute(query).all() if row.cursor >= row.source.get("jobs", 0)]
+    counted = _counts(conn, [row.id for row in whole]) if whole else {}
+    for row in whole:
+        per_kind = counted[row.id]
         if _ended_jobs(per_kind) < row.total:
             continue
         state = BatchState.CANCELLED if row.state == BatchState.CANCELLING else BatchState.COMPLETED
@@ -1172,23 +1199,34 @@ def cancel_jobs(conn: Connection, ids: Sequence[str]) -> dict[str, int]:
     Returns:
         ``{"cancelled": n, "requested": n}``.
     """
-    error = {"type": "cancelled", "code": "cancelled", "message": "cancelled before it started"}
     ended, requested = 0, 0
+    dialect = conn.dialect.name
     for chunk in _chunks(sorted(ids)):
-        rows = conn.execute(
-            update(Job)
-            .where(Job.c.id.in_(chunk), was(*_WAITING))
-            .values(state=JobState.CANCELLED, finished_at=now(), error=error, cancel_requested=True, dispatched_at=None)
-            .returning(Job.c.id, Job.c.project_id, Job.c.batch_id, Job.c.kind, Job.c.finished_at)
-        ).all()
-        requested += conn.execute(
-            update(Job).where(Job.c.id.in_(chunk), was(JobState.RUNNING), ~Job.c.cancel_requested).values(cancel_requested=True)
-        ).rowcount
+        some = {"p_ids": packed(dialect, chunk)}
+        rows = conn.execute(_cancelled(dialect), some).all()
+        requested += conn.execute(_asked(dialect), some).rowcount
         if rows:
             _ended(conn, rows, JobState.CANCELLED, max(row.finished_at for row in rows))
             _fail_children(conn, [r.id for r in rows])
         ended += len(rows)
     return {"cancelled": ended, "requested": requested}
+
+
+@cache
+def _cancelled(dialect: str) -> Any:
+    error = {"type": "cancelled", "code": "cancelled", "message": "cancelled before it started"}
+    return (
+        update(Job)
+        .where(among_given(dialect, Job.c.id, "p_ids"), was(*_WAITING))
+        .values(state=JobState.CANCELLED, finished_at=now(), error=error, cancel_requested=True, dispatched_at=None)
+        .returning(Job.c.id, Job.c.project_id, Job.c.batch_id, Job.c.kind, Job.c.finished_at)
+    )
+
+
+@cache
+def _asked(dialect: str) -> Any:
+    running = (among_given(dialect, Job.c.id, "p_ids"), was(JobState.RUNNING), ~Job.c.cancel_requested)
+    return update(Job).where(*running).values(cancel_requested=True)
 
 
 def cancel_batch(conn: Connection, batch_id: str, limit: int = 2000) -> int:

@@ -250,7 +250,6 @@ class Artifact(Base):
     __table_args__ = (
         UniqueConstraint("job_id", "name"),
         Index("ix_artifacts_object", "object_key"),
-        Index("ix_artifacts_project", "project_id", "id"),
         Index("ix_artifacts_input", "project_id", "sha256", postgresql_where=_INPUT, sqlite_where=_INPUT),
     )
 

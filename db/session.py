@@ -1,10 +1,12 @@
 """Connections to the ledger: SQLite in WAL mode or PostgreSQL, with explicit read and write transactions."""
 
+import fcntl
+import os
 import random
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,6 +21,9 @@ from contentfactory.errors import ConfigError, ServiceUnavailable
 from contentfactory.fastjson import dumps_ascii, loads
 
 T = TypeVar("T")
+
+BUSY_S = 30.0
+"""How long a writer waits for others on SQLite, seconds."""
 
 
 class now(FunctionElement[float]):  # noqa: N801 - reads as the SQL function it is
@@ -69,11 +74,13 @@ class Database:
         backend = parsed.get_backend_name()
         self.sqlite = backend == "sqlite"
         self._thread = threading.local()
+        self._turn: _Turn | None = None
         if self.sqlite:
             if parsed.database and parsed.database != ":memory:":
                 Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
+                self._turn = _Turn(Path(f"{parsed.database}-turn"))
             self.engine = create_engine(
-                parsed, connect_args={"timeout": 30.0, "check_same_thread": False}, pool_pre_ping=False, json_deserializer=loads, json_serializer=dumps_ascii
+                parsed, connect_args={"timeout": BUSY_S, "check_same_thread": False}, pool_pre_ping=False, json_deserializer=loads, json_serializer=dumps_ascii
             )
             event.listen(self.engine, "connect", _sqlite_connect)
             event.listen(self.engine, "begin", _sqlite_begin)
@@ -109,7 +116,7 @@ class Database:
             raise RuntimeError("a write transaction was opened inside another one of the same thread")
         self._thread.writing = True
         try:
-            with _mapped(), self.engine.connect() as connection:
+            with self._turn.taken() if self._turn else nullcontext(), _mapped(), self.engine.connect() as connection:
                 connection.execution_options(factory_begin="IMMEDIATE")
                 with connection.begin():
                     yield connection
@@ -163,6 +170,70 @@ class Database:
         return self.engine.dialect.name
 
 
+class _Turn:
+    """Whose turn it is to write to a SQLite file, among all threads of all processes of a factory.
+
+    SQLite itself lets those who wait sleep for up to 100 ms before they look again, and with several writers its lock is free for much
+    of the time that all of them wait. This one is looked at more often. It is only a courtesy: whoever cannot have it goes on, and
+    SQLite's own lock decides.
+
+    Args:
+        path: A file of its own beside the database.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._thread = threading.local()
+
+    @contextmanager
+    def taken(self) -> Iterator[None]:
+        """Hold the turn; waited for as long as SQLite would wait."""
+        handle = self._open()
+        held = handle is not None and _take(handle.number)
+        try:
+            yield
+        finally:
+            if held and handle is not None:
+                fcntl.flock(handle.number, fcntl.LOCK_UN)
+
+    def _open(self) -> "_Handle | None":
+        # One for each thread of each process: those of one open file share its lock.
+        found: _Handle | None = getattr(self._thread, "handle", None)
+        if found is None or found.process != os.getpid():
+            try:
+                found = self._thread.handle = _Handle(self._path)
+            except OSError:
+                return None
+        return found
+
+
+class _Handle:
+    """An open file, closed with the thread that opened it."""
+
+    def __init__(self, path: Path) -> None:
+        self.process = os.getpid()
+        self.number = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+
+    def __del__(self) -> None:
+        with suppress(AttributeError, OSError):
+            os.close(self.number)
+
+
+def _take(handle: int) -> bool:
+    end, pause = time.monotonic() + BUSY_S, 0.0002
+    while True:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() > end:
+                return False
+            time.sleep(pause)
+            pause = min(pause * 1.5, 0.002)
+        except OSError:
+            return False
+
+
 @contextmanager
 def _mapped() -> Iterator[None]:
     """Map the driver's connection faults to ours; programming errors pass as they are."""
@@ -211,7 +282,7 @@ def _sqlite_connect(connection: Any, record: Any) -> None:
     # FULL: an accepted job must survive a power cut, not only a crash of the process.
     cursor.execute("PRAGMA synchronous=FULL")
     cursor.execute("PRAGMA foreign_keys=ON")
-    cursor.execute("PRAGMA busy_timeout=30000")
+    cursor.execute(f"PRAGMA busy_timeout={BUSY_S * 1000:.0f}")
     cursor.execute("PRAGMA cache_size=-32768")
     cursor.close()
 

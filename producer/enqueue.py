@@ -242,7 +242,7 @@ class Producer:
                 lifecycle.insert_jobs(conn, [row(conn, pins, i) for i in range(start, min(start + EXPAND_ROWS, len(ids)))], fresh=True)
 
         self.database.run(work)
-        self.kick([spec.queue])
+        self.kick([spec.queue], bulk=priority < Priority.INTERACTIVE)
         return ids
 
     def wait(self, job_ids: Sequence[str], timeout_s: float) -> dict[str, JobState]:
@@ -285,12 +285,18 @@ class Producer:
             if value.startswith("art_") and jobs.artifact(conn, project_id, value) is None:
                 raise InputError(f"{field}: {value} is no artifact of this project", code="unknown_artifact", param=field)
 
-    def kick(self, queues: Sequence[str] | None = None) -> None:
-        """Dispatch now; whatever fails here, the timer does later."""
+    def kick(self, queues: Sequence[str] | None = None, *, bulk: bool = False) -> None:
+        """Dispatch now; whatever fails here, the timer does later.
+
+        Args:
+            queues: Queues that may have work; all where left out.
+            bulk: Leave a queue alone whose workers have enough, or that somebody else serves at this moment: they fetch more themselves,
+                and whoever hands in many jobs has more to do.
+        """
         if self.dispatcher is None:
             return
         try:
-            self.dispatcher.dispatch(queues)
+            self.dispatcher.dispatch(queues, top_up=bulk)
         except ServiceUnavailable as error:
             log.warning("dispatch_deferred", action="kick", error=error.message)
 
@@ -509,7 +515,7 @@ class Producer:
                 if not future.result():
                     return False
                 if cursor == 0:
-                    self.kick()
+                    self.kick(bulk=True)
                 cursor = new
                 return True
 
@@ -542,7 +548,7 @@ class Producer:
                 return True
         self.database.run(lambda conn: batches.expanded(conn, batch_id))
         self.database.run(lambda conn: lifecycle.close_batches(conn, [batch_id]))
-        self.kick()
+        self.kick(bulk=True)
         return True
 
     def _records(self, object_key: str, after: int) -> Iterator[list[Any]]:

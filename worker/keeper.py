@@ -5,6 +5,7 @@ jobs, ends a cancelled one whose micro-batch goes on, kills a child that makes n
 back at once, without waiting for their lease. ``python -m worker.keeper`` is its entry point; `Keeper` is the child's side of it.
 """
 
+import itertools
 import json
 import os
 import queue
@@ -13,7 +14,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,12 +26,15 @@ from worker.loading import LoadWatch, usage
 
 log = structlog.get_logger(__name__)
 Key = tuple[str, int]
+Note = tuple[float | None, str | None]
 
 _CANCELLED = {"type": "cancelled", "code": "cancelled", "message": "cancelled while it ran"}
 LOAD_ALLOWANCE_S = 600.0
 """Silence allowed on top of the kind's limit until the first sign of progress: a model may have to be loaded or converted."""
 STILL_S = 4.0
 """The keeper looks twice a second; after so long a pause of its own, seconds, it does not hold that time against the runner."""
+LOOK_S = 0.25
+"""Shortest pause between two looks at what is silent, seconds: with thousands of short jobs a second messages come more often."""
 REPORT_S = 10.0
 """How often a worker about which nothing has changed reports itself; after 60 s without a report it counts as gone."""
 
@@ -49,7 +53,8 @@ class Keeper:
         self._settings = settings
         self._hello = {"op": "hello", "worker": worker, "queues": list(queues), "device": device, "pid": os.getpid()}
         self._lock = threading.Lock()
-        self._held: dict[Key, dict[str, Any]] = {}
+        self._held: dict[Key, dict[str, Any]] = {}  # the message by which its micro-batch was told of
+        self._groups = itertools.count(1)
         self._lost: set[Key] = set()
         self._cancelled: set[Key] = set()
         self._last_beat: dict[Key, float] = {}
@@ -67,8 +72,8 @@ class Keeper:
             start_new_session=False, preexec_fn=_ignore_interrupt,
         )  # fmt: skip
         _send(process, self._hello)
-        for jobs in self._held.values():
-            _send(process, jobs)
+        for message in {m["group"]: m for m in self._held.values()}.values():
+            _send(process, {**message, "jobs": [key for key in message["jobs"] if key in self._held]})
         return process
 
     def _watch(self) -> None:
@@ -91,26 +96,26 @@ class Keeper:
 
     def hold(self, keys: Sequence[Key], progress_s: float, limit_s: float) -> None:
         """Renew these jobs' leases from now on and watch their progress."""
-        message = {"op": "hold", "jobs": list(keys), "progress_s": progress_s, "limit_s": limit_s}
         with self._lock:
-            for key in keys:
-                self._held[key] = {**message, "jobs": [key]}
+            message = {"op": "hold", "group": next(self._groups), "jobs": list(keys), "progress_s": progress_s, "limit_s": limit_s}
+            self._held.update(dict.fromkeys(keys, message))
             _send(self._process, message)
 
     def settle(self, keys: Sequence[Key]) -> None:
         """The runner is done with these jobs: renew their leases until `drop`, but watch for progress no more."""
         with self._lock:
-            _send(self._process, {"op": "settle", "jobs": list(keys)})
+            _send(self._process, {"op": "settle", **named(keys, self._held)})
 
     def drop(self, keys: Sequence[Key]) -> None:
         """These jobs are finished here."""
         with self._lock:
+            message = {"op": "drop", **named(keys, self._held)}
             for key in keys:
                 self._held.pop(key, None)
-                self._lost.discard(key)
-                self._cancelled.discard(key)
                 self._last_beat.pop(key, None)
-            _send(self._process, {"op": "drop", "jobs": list(keys)})
+            self._lost.difference_update(keys)
+            self._cancelled.difference_update(keys)
+            _send(self._process, message)
 
     def progress(self, key: Key, fraction: float | None, message: str) -> None:
         """Pass progress on, at most twice a second for each job."""
@@ -150,6 +155,14 @@ class Keeper:
             self._process.kill()
 
 
+def named(keys: Sequence[Key], held: Mapping[Key, Mapping[str, Any]]) -> dict[str, Any]:
+    """Jobs as a message names them: a whole micro-batch by its number, others one by one."""
+    told = held.get(keys[0]) if keys else None
+    if told is not None and list(keys) == told["jobs"]:
+        return {"group": told["group"]}
+    return {"jobs": list(keys)}
+
+
 def _ignore_interrupt() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
@@ -165,15 +178,14 @@ def _send(process: "subprocess.Popen[str]", message: dict[str, Any]) -> None:
 
 @dataclass
 class _Held:
+    """A micro-batch. Its members share a forward pass: a sign of life of one is one of all."""
+
     progress_s: float
     limit_s: float
     started: float
     heard: float
     watched: bool = True
     spoke: bool = False
-    fraction: float | None = None
-    message: str | None = None
-    written: tuple[float | None, str | None] = (None, None)
     group: frozenset[Key] = field(default_factory=frozenset)
 
 
@@ -186,6 +198,9 @@ class _Keeper:
         self.settings = settings
         self.database = Database(settings.database(), pool_size=1)
         self.held: dict[Key, _Held] = {}
+        self.groups: dict[int, tuple[Key, ...]] = {}
+        self.notes: dict[Key, Note] = {}
+        """Progress that was told and is not written down yet."""
         self.told: set[Key] = set()
         self.worker = ""
         self.queues: list[str] = []
@@ -224,7 +239,8 @@ class _Keeper:
                     break
                 if message.get("op") == "hello":
                     next_beat = 0.0
-            self.watch()
+            if time.monotonic() - self.looked_at >= LOOK_S:
+                self.watch()
             if time.monotonic() >= next_beat:
                 # Cancels are looked for more often than leases need renewing: who cancels, waits for it.
                 next_beat = time.monotonic() + min(period, 2.0)
@@ -233,31 +249,30 @@ class _Keeper:
 
     def take(self, message: dict[str, Any]) -> bool:
         op, at = message.get("op"), time.monotonic()
-        keys = [(str(i), int(a)) for i, a in message.get("jobs", ())]
+        keys: Sequence[Key] = [(str(i), int(a)) for i, a in message.get("jobs", ())]
         if op == "hello":
             self.worker, self.queues = message["worker"], message["queues"]
             self.device, self.child = message["device"], message["pid"]
         elif op == "hold":
-            group = frozenset(keys)
-            for key in keys:
-                self.held[key] = _Held(message["progress_s"], message["limit_s"], at, at, group=group)
+            held = _Held(message["progress_s"], message["limit_s"], at, at, group=frozenset(keys))
+            self.groups[message["group"]] = tuple(keys)
+            self.held.update(dict.fromkeys(keys, held))
         elif op == "settle":
-            for key in keys:
+            for key in self.groups.get(message.get("group", 0), keys):
                 if key in self.held:
                     self.held[key].watched = False
         elif op == "drop":
+            keys = self.groups.pop(message.get("group", 0), keys)
             for key in keys:
                 self.held.pop(key, None)
-                self.told.discard(key)
+                self.notes.pop(key, None)
+            self.told.difference_update(keys)
         elif op == "beat":
             key = (message["job"][0], message["job"][1])
             own = self.held.get(key)
             if own:
-                own.fraction, own.message = message["fraction"], message["message"]
-                # The members share a forward pass: a sign of life of one is one of all.
-                for member in own.group:
-                    if member in self.held:
-                        self.held[member].heard, self.held[member].spoke = at, True
+                self.notes[key] = (message["fraction"], message["message"])
+                own.heard, own.spoke = at, True
         elif op == "models":
             self.names, self.device = message["names"], message.get("device") or self.device
         elif op == "load":
@@ -268,8 +283,8 @@ class _Keeper:
     def beat(self) -> None:
         from db import lifecycle
 
-        # Progress that was written down already is not written again.
-        notes = {key: (None, None) if (h.fraction, h.message) == h.written else (h.fraction, h.message) for key, h in self.held.items()}
+        told, self.notes = self.notes, {}
+        notes = {key: told.get(key, (None, None)) for key in self.held}
         report = [self.worker, self.queues, self.device, len(notes), self.names]
         fresh = report == self.reported and time.monotonic() - self.reported_at < REPORT_S
         if fresh and not notes:
@@ -281,11 +296,9 @@ class _Keeper:
                     lifecycle.report_worker(conn, *report)
         except ServiceUnavailable as error:
             # Nobody said 'not yours': the work goes on, and the reaper waits a lease after such an outage.
+            self.notes = {**told, **self.notes}
             log.warning("heartbeat_failed", action="beat", error=error.message)
             return
-        for key, note in notes.items():
-            if note != (None, None):
-                self.held[key].written = note
         if not fresh:
             self.reported, self.reported_at = report, time.monotonic()
         if answer is None:
@@ -310,14 +323,14 @@ class _Keeper:
         if missed > STILL_S:
             # This process stood still too (a machine that was suspended, a group that was stopped, a ledger waited for): nobody can say
             # that the runner was silent meanwhile.
-            for held in self.held.values():
+            for held in self._distinct():
                 held.heard += missed
                 held.started += missed
         reason = self.load.stuck() if self.load else None
         if reason:
             self.give_up_load(reason)
             return
-        for held in list(self.held.values()):
+        for held in self._distinct():
             if not held.watched:
                 continue
             silence = held.progress_s + (0.0 if held.spoke else LOAD_ALLOWANCE_S)
@@ -327,6 +340,9 @@ class _Keeper:
             if at - held.started > held.limit_s + LOAD_ALLOWANCE_S:
                 self.kill(held, f"ran for {at - held.started:.0f} s (limit {held.limit_s:.0f} s)")
                 return
+
+    def _distinct(self) -> list[_Held]:
+        return list({id(held): held for held in self.held.values()}.values())
 
     def give_up_load(self, reason: str) -> None:
         """Kill a child whose model load hangs; what it still uploads is given back without a strike."""

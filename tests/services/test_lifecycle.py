@@ -415,6 +415,34 @@ def test_pause_holds_dispatch_and_claim_and_resume_lets_go(database, project, ma
     assert sum(len(h.ids) for h in dispatch(database)) == 2
 
 
+def test_an_attempt_is_seen_before_its_row_is_written(database, make_jobs):
+    [job] = make_jobs(1)
+    [hint] = dispatch(database)
+    [held] = claim(database, hint.ids)
+    with database.read() as conn:
+        [attempt] = jobs.attempts(conn, job)
+        assert conn.execute(select(func.count()).select_from(Attempt)).scalar() == 0
+    assert (attempt["attempt"], attempt["group_size"], attempt["started_at"]) == (1, 1, held.started_at)
+    assert attempt["worker"] and attempt["finished_at"] is attempt["outcome"] is None
+    database.run(lambda conn: lifecycle.stop(conn, lifecycle.Stop(job, 1, {"type": "transient", "message": "later"})))
+    with database.read() as conn:
+        [attempt] = jobs.attempts(conn, job)
+    assert attempt["outcome"] == "transient" and attempt["error"]["message"] == "later" and attempt["finished_at"] >= held.started_at
+
+
+def test_the_attempt_of_an_earlier_releases_worker_is_closed(database, make_jobs):
+    # It wrote the row when it claimed the job; the reaper of this release ends the attempt.
+    [job] = make_jobs(1)
+    [hint] = dispatch(database)
+    [held] = claim(database, hint.ids)
+    with database.write() as conn:
+        conn.execute(insert(Attempt).values(job_id=job, attempt=1, worker="old", group_size=1, started_at=held.started_at))
+    database.run(lambda conn: lifecycle.crash(conn, [(job, 1)], "it died"))
+    with database.read() as conn:
+        [attempt] = jobs.attempts(conn, job)
+    assert attempt["outcome"] == "crash" and attempt["finished_at"] is not None
+
+
 def test_lost_hints_are_sent_again(database, make_jobs):
     ids = make_jobs(3)
     [hint] = dispatch(database)

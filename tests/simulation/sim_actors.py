@@ -207,7 +207,7 @@ class SimKeeper:
         self._cancelled: set[Any] = set()
         self._last: dict[Any, float] = {}
         self.closing = False
-        self._n = 0
+        self._n = self.groups = 0
         here.keeper = self  # type: ignore[attr-defined]
         self._start()
         here.on_death.append(self._hang_up)
@@ -221,8 +221,8 @@ class SimKeeper:
             self.inner = inner = worker.keeper._Keeper(self.settings)
         inner.inbox = SimQueue()  # type: ignore[assignment]
         inner.inbox.put(self.hello)
-        for message in self.held.values():
-            inner.inbox.put(message)
+        for message in {m["group"]: m for m in self.held.values()}.values():
+            inner.inbox.put({**message, "jobs": [key for key in message["jobs"] if key in self.held]})
         stage.spawn(process, inner.run, then=self._ended)
 
     def _ended(self, error: BaseException | None) -> None:
@@ -249,22 +249,23 @@ class SimKeeper:
     def hold(self, keys: Any, progress_s: float, limit_s: float) -> None:
         if not self.child.alive:
             return
-        message = {"op": "hold", "jobs": list(keys), "progress_s": progress_s, "limit_s": limit_s}
-        for key in keys:
-            self.held[key] = {**message, "jobs": [key]}
+        self.groups += 1
+        message = {"op": "hold", "group": self.groups, "jobs": list(keys), "progress_s": progress_s, "limit_s": limit_s}
+        self.held.update(dict.fromkeys(keys, message))
         self.send(message)
 
     def settle(self, keys: Any) -> None:
-        self.send({"op": "settle", "jobs": list(keys)})
+        self.send({"op": "settle", **worker.keeper.named(keys, self.held)})
 
     def drop(self, keys: Any) -> None:
         if not self.child.alive:
             return
+        message = {"op": "drop", **worker.keeper.named(keys, self.held)}
         for key in keys:
             self.held.pop(key, None)
             self._lost.discard(key)
             self._cancelled.discard(key)
-        self.send({"op": "drop", "jobs": list(keys)})
+        self.send(message)
 
     def progress(self, key: Any, fraction: float | None, message: str) -> None:
         now = Stage.world.now

@@ -121,7 +121,8 @@ def progress(conn: Connection, batch_id: str) -> dict[str, dict[str, int]]:
     """Kind → state → jobs, with ``total``, the terminal states, ``reused``, and of the others ``running`` and ``waiting``."""
     out = lifecycle.counts(conn, batch_id)
     running = conn.execute(
-        select(Job.kind, func.count()).where(Job.batch_id == batch_id, has_state(JobState.RUNNING)).group_by(Job.kind)
+        # Found by the index of what runs, whatever the size of the batch.
+        select(Job.kind, func.count()).where(Job.batch_id + "" == batch_id, has_state(JobState.RUNNING)).group_by(Job.kind)
     )
     for kind, n in running:
         out.setdefault(kind, {})["running"] = n

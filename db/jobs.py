@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import Any
 
-from sqlalchemy import Connection, RowMapping, and_, bindparam, literal_column, null, or_, select
+from sqlalchemy import Connection, RowMapping, bindparam, literal_column, null, or_, select
 
 from contentfactory.states import UNWELL, JobState
 from db.models import Artifact, Attempt, Dependency, Event, Job
@@ -43,6 +43,7 @@ def by_key(conn: Connection, project_id: str, key: str) -> RowMapping | None:
     return conn.execute(_KEYED, {"p_project": project_id, "p_key": key}).mappings().one_or_none()
 
 
+_ENDED_INDEX: dict[str, str] = {JobState.SUCCEEDED: "ix_jobs_{}succeeded", **dict.fromkeys(UNWELL, "ix_jobs_{}unwell")}
 FEW = 1000
 """Rows up to which the jobs of a state are fetched by that state's own index and sorted."""
 
@@ -63,19 +64,21 @@ def list_page(conn: Connection, project_id: str, *, batch_id: str | None = None,
     if after and batch_id:
         line = conn.execute(select(Job.line).where(Job.id == after, Job.batch_id == batch_id)).scalar()
         if line is not None:
-            query = query.where(or_(Job.line < line, and_(Job.line == line, Job.id < after)))
+            # The first condition says no more than the second, but an index can be entered by it.
+            query = query.where(Job.line <= line, or_(Job.line < line, Job.id < after))
     elif after:
         query = query.where(Job.id < after)
-    if state:
+    if state in _ENDED_INDEX:
+        # SQLite would as soon walk along all jobs.
+        query = query.where(has_state(JobState(state))).with_hint(Job, f"INDEXED BY {_ENDED_INDEX[state].format('batch_' if batch_id else '')}", "sqlite")
+    elif state:
         few = _few(conn, project_id, batch_id, state)
         query = query.where(has_state(JobState(state))) if few is None else query.where(among(conn, Job.id, few))
     return conn.execute(query.order_by(*order).limit(limit)).mappings().all()
 
 
 def _few(conn: Connection, project_id: str, batch_id: str | None, state: str) -> list[str] | None:
-    """Ids of the jobs of a state, where they are few; None where they are many, or may be."""
-    if state in (JobState.SUCCEEDED, *UNWELL):
-        return None  # common, or with an index of their own that is in the right order
+    """Ids of the jobs of a state that is not terminal, where they are few; None where they are many, or may be."""
     scope = Job.batch_id + "" == batch_id if batch_id else Job.project_id + "" == project_id  # no index but the state's
     found = conn.execute(select(Job.id, scope.label("mine")).where(has_state(JobState(state))).limit(FEW)).all()
     return None if len(found) == FEW else [row.id for row in found if row.mine]

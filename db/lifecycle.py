@@ -328,6 +328,10 @@ def dispatch(conn: Connection, queue: str, *, cap_s: float, max_jobs: int = 4096
         if not candidates:
             return []
     spread = waiting.spread(conn, queue, candidates, workers)
+    if spread and not full and any(rows.cut for rows in candidates.values()):
+        # So little waits that workers get equal shares of it: then all of it must be seen.
+        candidates = waiting.candidates(conn, queue, at, waiting.for_all(candidates, workers))
+        spread = waiting.spread(conn, queue, candidates, workers)
     bounds = limits.caps(conn, queue, {key for rows in candidates.values() for key in rows.share_keys}, at, worker_seen_s)
     dialect = conn.dialect.name
     hints: list[tuple[str, int, list[str], bool, bool]] = []

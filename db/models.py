@@ -134,6 +134,8 @@ _BATCHED = text("batch_id IS NOT NULL")
 _BLOCKED = text("state = 'blocked'")
 _WAITING = text("state IN ('blocked', 'queued')")
 _UNWELL = text("state IN ('failed', 'dead', 'cancelled')")
+_SUCCEEDED = text("state = 'succeeded'")
+_BATCH_SUCCEEDED = text("state = 'succeeded' AND batch_id IS NOT NULL")
 _INPUT = text("role = 'input'")
 
 
@@ -198,6 +200,9 @@ class Job(Base):
         Index("ix_jobs_waiting", "batch_id", "line", "id", postgresql_where=_WAITING, sqlite_where=_WAITING),
         Index("ix_jobs_batch_unwell", "batch_id", "line", "id", postgresql_where=_UNWELL, sqlite_where=_UNWELL),
         Index("ix_jobs_unwell", "project_id", "id", postgresql_where=_UNWELL, sqlite_where=_UNWELL),
+        # Results are looked at newest first while the newest jobs still wait: without these, all of what waits is walked along.
+        Index("ix_jobs_batch_succeeded", "batch_id", "line", "id", postgresql_where=_BATCH_SUCCEEDED, sqlite_where=_BATCH_SUCCEEDED),
+        Index("ix_jobs_succeeded", "project_id", "id", postgresql_where=_SUCCEEDED, sqlite_where=_SUCCEEDED),
         Index("ix_jobs_blocked", "id", postgresql_where=_BLOCKED, sqlite_where=_BLOCKED),
         Index("ix_jobs_project", "project_id", "id"),
         Index("ix_jobs_retry_of", "retry_of", postgresql_where=_RETRIED, sqlite_where=_RETRIED),

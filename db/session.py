@@ -82,6 +82,7 @@ class Database:
             self.engine = create_engine(
                 parsed, connect_args={"timeout": BUSY_S, "check_same_thread": False}, pool_pre_ping=False, json_deserializer=loads, json_serializer=dumps_ascii
             )
+            self.engine.dialect.statement_compiler = _SQLiteCompiler
             event.listen(self.engine, "connect", _sqlite_connect)
             event.listen(self.engine, "begin", _sqlite_begin)
         elif backend == "postgresql":
@@ -168,6 +169,13 @@ class Database:
     def dialect(self) -> str:
         """``sqlite`` or ``postgresql``."""
         return self.engine.dialect.name
+
+
+class _SQLiteCompiler(sqlite.base.SQLiteCompiler):
+    """Writes hints (``INDEXED BY``), which SQLAlchemy leaves out for SQLite."""
+
+    def get_from_hint_text(self, table: Any, text: str | None) -> str | None:
+        return text
 
 
 class _Turn:

@@ -156,11 +156,16 @@ def spread(conn: Connection, queue: str, candidates: Mapping[str, "Waiting"], wo
     for rows in candidates.values():
         alike.update(rows.sizes())
     seen = sum(alike.values())
-    most = workers * max(get_kind(rows.head.kind).max_group for rows in candidates.values())
+    most = for_all(candidates, workers)
     waiting = seen if seen >= most else int(conn.execute(_AHEAD, {"p_queue": queue, "p_most": most}).scalar_one())
     if waiting >= most:
         return {}
     return {key: -(-n * max(waiting, seen) // (seen * workers)) for key, n in alike.items()}
+
+
+def for_all(candidates: Mapping[str, "Waiting"], workers: int) -> int:
+    """Jobs of which every worker can have a full micro-batch."""
+    return workers * max(get_kind(rows.head.kind).max_group for rows in candidates.values())
 
 
 _AHEAD = select(func.count()).select_from(
@@ -169,9 +174,15 @@ _AHEAD = select(func.count()).select_from(
 
 
 class Waiting:
-    """Queued rows of one project in their order, taken a micro-batch at a time."""
+    """Queued rows of one project in their order, taken a micro-batch at a time.
 
-    def __init__(self, rows: Sequence[Any]) -> None:
+    Args:
+        rows: The rows.
+        cut: Whether there may be more behind them.
+    """
+
+    def __init__(self, rows: Sequence[Any], cut: bool = False) -> None:
+        self.cut = cut
         self._rows = rows
         self._next = 0
         self._taken: set[str] = set()
@@ -237,5 +248,5 @@ def candidates(conn: Connection, queue: str, at: float, window: int) -> dict[str
     for project in projects:
         rows = conn.execute(_QUEUED, {"p_queue": queue, "p_project": project, "p_at": at, "p_most": per_project}).all()
         if rows:
-            found[project] = Waiting(rows)
+            found[project] = Waiting(rows, len(rows) == per_project)
     return found

@@ -20,6 +20,9 @@ from producer.manifest.model import JobLine
 SPOOL_FORMAT = 2
 """Form of the lines: lists. The first form was objects; batches of both kinds may be waiting when a release changes."""
 
+AT_ONCE = 256
+"""Lines that are written, and taken into the digest, at once."""
+
 # Places in a line's list.
 NUMBER, ID, KIND, PARAMS, PARENTS, PRIORITY, SEED, LABELS, SECONDS, MODEL, KEY = range(11)
 
@@ -34,6 +37,8 @@ class Spool:
         self._out = gzip.GzipFile(filename="", fileobj=self._raw.file, mode="wb", compresslevel=1, mtime=0)
         self._digest = hashlib.sha256()
         self._count = 0
+        self._asked: list[str] = []
+        self._lines: list[str] = []
 
     def add(self, line: JobLine, model: str | None, uploaded: Mapping[str, str] | None = None) -> None:
         """Write a job down.
@@ -45,16 +50,24 @@ class Spool:
         """
         self._count += 1
         spec, parsed = line.spec, line.parsed
+        parents = line.parents
         known = not line.refs and not line.files and not takes_media(type(parsed)) and (model is not None or not spec.takes_model)
         seed = line.seed if line.seed is not None else stable_seed(line.custom_id, dumps_sorted(line.with_files(uploaded or {})))
         params = parsed.model_dump_json() if known else dumps(line.with_files(uploaded or {}))
-        given = [self._count, line.custom_id, spec.name, params, line.parents, line.priority, seed, line.metadata]
-        data = dumps(given)
+        data = dumps([self._count, line.custom_id, spec.name, params, parents, line.priority, seed, line.metadata])
         key = spec.share_key(parsed, model) if known else None
         rest = dumps([estimate(spec, parsed), model, key])
         # The digest says whether two manifests ask for the same, so what was looked up for them is no part of it.
-        self._digest.update(data.encode())
-        self._out.write(f"{data[:-1]},{rest[1:]}\n".encode())
+        self._asked.append(data)
+        self._lines.append(f"{data[:-1]},{rest[1:]}\n")
+        if len(self._lines) >= AT_ONCE:
+            self._flush()
+
+    def _flush(self) -> None:
+        self._digest.update("".join(self._asked).encode())
+        self._out.write("".join(self._lines).encode())
+        self._asked.clear()
+        self._lines.clear()
 
     def close(self, priority: int, reuse: bool) -> tuple[Path, str, int]:
         """Finish the file.
@@ -66,6 +79,7 @@ class Spool:
         Returns:
             The file, the digest of what it asks for, and the number of jobs.
         """
+        self._flush()
         self._out.close()
         self._raw.flush()
         self._digest.update(f"{priority} {reuse}".encode())

@@ -163,6 +163,8 @@ class JobLine:
     @property
     def parents(self) -> tuple[str, ...]:
         """Every job that this one waits for: named ones first, then referenced ones, each once."""
+        if not self.depends_on and not self.refs:
+            return ()
         return tuple(dict.fromkeys((*self.depends_on, *(ref.job for ref in self.refs))))
 
     @property

@@ -415,6 +415,17 @@ def test_pause_holds_dispatch_and_claim_and_resume_lets_go(database, project, ma
     assert sum(len(h.ids) for h in dispatch(database)) == 2
 
 
+def test_workers_get_equal_shares_of_a_little_work_that_is_more_than_one_look(database, make_jobs):
+    make_jobs(300, seconds=0.5)
+
+    def report(conn):
+        for n in range(10):
+            lifecycle.report_worker(conn, f"w{n}", ["text"], "cpu", 0, [])
+
+    database.run(report)
+    assert [len(hint.ids) for hint in dispatch(database, window=256)] == [30] * 10
+
+
 def test_an_attempt_is_seen_before_its_row_is_written(database, make_jobs):
     [job] = make_jobs(1)
     [hint] = dispatch(database)

@@ -210,6 +210,7 @@ class _Keeper:
         self.load: LoadWatch | None = None
         self.inbox: queue.Queue[dict[str, Any] | None] = queue.Queue()
         self.looked_at = time.monotonic()
+        self.watched_at = 0.0
         self.reported: list[Any] = []
         self.reported_at = 0.0
 
@@ -239,8 +240,10 @@ class _Keeper:
                     break
                 if message.get("op") == "hello":
                     next_beat = 0.0
-            if time.monotonic() - self.looked_at >= LOOK_S:
+            if time.monotonic() - self.watched_at >= LOOK_S:
                 self.watch()
+            else:
+                self.awake()
             if time.monotonic() >= next_beat:
                 # Cancels are looked for more often than leases need renewing: who cancels, waits for it.
                 next_beat = time.monotonic() + min(period, 2.0)
@@ -316,8 +319,8 @@ class _Keeper:
             self._ledger(lambda conn: [lifecycle.stop(conn, lifecycle.Stop(i, a, _CANCELLED)) for i, a in sorted(overdue)])
         # What is lost or has ended is watched on: its runner may hang, and then nobody else would ever free this worker.
 
-    def watch(self) -> None:
-        """Kill the child if a runner went silent, or ran longer than its kind allows."""
+    def awake(self) -> float:
+        """Note that this process runs; returns its clock."""
         at = time.monotonic()
         missed, self.looked_at = at - self.looked_at, at
         if missed > STILL_S:
@@ -326,6 +329,11 @@ class _Keeper:
             for held in self._distinct():
                 held.heard += missed
                 held.started += missed
+        return at
+
+    def watch(self) -> None:
+        """Kill the child if a runner went silent, or ran longer than its kind allows."""
+        at = self.watched_at = self.awake()
         reason = self.load.stuck() if self.load else None
         if reason:
             self.give_up_load(reason)

@@ -354,7 +354,7 @@ class History:
         boot = stage.process("boot", "boot")
         for user in self.users:
             if rng.random() < 0.5:
-                with stage.ledger.connection.begin():
+                with stage.ledger.transaction():
                     projects.ensure(stage.ledger.connection, user.project)
         for _ in range(rng.choice((1, 1, 1, 2, 3))):
             self.crew.worker(rng.choice((["text"], ["text", "train"])))
@@ -448,7 +448,7 @@ class Checker:
     def __init__(self, history: History, done: bool) -> None:
         self.history, self.stage, self.done = history, history.stage, done
         connection = self.stage.ledger.connection
-        with connection.begin():
+        with self.stage.ledger.transaction():
             self.jobs = {r["id"]: dict(r) for r in connection.execute(text("SELECT * FROM jobs")).mappings()}
             self.artifacts = [dict(r) for r in connection.execute(text("SELECT * FROM artifacts")).mappings()]
             self.attempts = [dict(r) for r in connection.execute(text("SELECT * FROM attempts")).mappings()]
@@ -683,7 +683,7 @@ class Checker:
     def counts(self) -> None:
         for batch in self.batches:
             rows = Counter(j["state"] for j in self.jobs.values() if j["batch_id"] == batch["id"])
-            with self.stage.ledger.connection.begin():
+            with self.stage.ledger.transaction():
                 per_kind = lifecycle.counts(self.stage.ledger.connection, batch["id"])
             told: Counter[str] = Counter()
             for states in per_kind.values():

@@ -344,12 +344,10 @@ class Ledger:
         self.world: World | None = None
         self.engine = create_engine("sqlite://", poolclass=StaticPool, json_serializer=dumps_ascii, json_deserializer=loads, connect_args={"check_same_thread": False, "cached_statements": 1024})
         event.listen(self.engine, "connect", self._connect)
-        # As `session._sqlite_begin` does it, without the detour over an event.
-        self.engine.dialect.do_begin = lambda connection: connection.driver_connection.execute("BEGIN IMMEDIATE")  # type: ignore[method-assign]
-        self.connection = self.engine.connect()
+        # Transactions are begun and ended by `transaction`, without SQLAlchemy's own bookkeeping of them.
+        self.connection = self.engine.connect().execution_options(isolation_level="AUTOCOMMIT")
         self.raw: sqlite3.Connection = self.connection.connection.driver_connection  # type: ignore[assignment]
-        with self.connection.begin():
-            Base.metadata.create_all(self.connection)
+        Base.metadata.create_all(self.connection)
         self.raw.executescript(_LOG)
         self.tables = [name for (name,) in self.raw.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
         self.seen = 0
@@ -377,6 +375,17 @@ class Ledger:
         self.raw.execute("PRAGMA foreign_keys=ON")
         self.seen = 0
 
+    @contextmanager
+    def transaction(self) -> Iterator[Any]:
+        """A transaction as `Database.write` makes it: undone where the block ends with an exception."""
+        self.raw.execute("BEGIN IMMEDIATE")
+        try:
+            yield self.connection
+        except BaseException:
+            self.raw.execute("ROLLBACK")
+            raise
+        self.raw.execute("COMMIT")
+
     def rows(self, sql: str, *values: Any) -> list[tuple[Any, ...]]:
         """Look without a transaction of the factory's."""
         return self.raw.execute(sql, values).fetchall()
@@ -398,9 +407,9 @@ class SimDatabase(Database):
         self._reach("write")
         died = False
         try:
-            with session._mapped(), world.ledger.connection.begin():
+            with session._mapped(), world.ledger.transaction() as connection:
                 world.in_transaction = True
-                yield world.ledger.connection
+                yield connection
                 if world.happens("abort"):
                     world.note("commit fails", self.process.name)
                     raise ServiceUnavailable("the connection was lost before the commit", code="database_unavailable")
@@ -425,9 +434,9 @@ class SimDatabase(Database):
     def read(self) -> Iterator[Any]:
         self._reach("read")
         try:
-            with session._mapped(), self.world.ledger.connection.begin():
+            with session._mapped(), self.world.ledger.transaction() as connection:
                 self.world.in_transaction = True
-                yield self.world.ledger.connection
+                yield connection
         finally:
             self.world.in_transaction = False
 

@@ -535,10 +535,13 @@ def heartbeat(conn: Connection, held: Mapping[tuple[str, int], tuple[float | Non
             renewed = conn.execute(_renewed(dialect), {"p_ids": packed(dialect, aged), "p_attempt": attempt, "p_lease_s": lease_s})
             for job_id in set(aged) - set(renewed.scalars()):
                 alive.pop((job_id, attempt))  # it ended between the two statements
-    for key, (progress, message) in held.items():
-        if key in alive and (progress is not None or message):
-            told = {"p_job": key[0], "p_attempt": key[1], "p_progress": progress, "p_message": (message or "")[:500] or None}
-            conn.execute(_PROGRESSED, told)
+    told = [
+        {"p_job": key[0], "p_attempt": key[1], "p_progress": progress, "p_message": (message or "")[:500] or None}
+        for key, (progress, message) in held.items()
+        if key in alive and (progress is not None or message)
+    ]
+    if told:
+        conn.execute(_PROGRESSED, told)
     return Beat(frozenset(k for k in held if k not in alive), frozenset(k for k, c in alive.items() if c))
 
 

@@ -18,8 +18,8 @@ import os
 import socket
 import time
 import uuid
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache, partial
 from typing import Annotated, Any, Literal, TypeVar
 
 import redis
@@ -78,7 +78,8 @@ class Malformed(Exception):
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False, hide_input_in_errors=True)
+    # Built when the first item comes: most processes that load this module read none, and each would pay a tenth of a second.
+    model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False, hide_input_in_errors=True, defer_build=True)
 
 
 _Short = Annotated[str, Field(max_length=255)]
@@ -170,7 +171,7 @@ class _Command(_Strict):
 
 
 class _Event(BaseModel):
-    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False, hide_input_in_errors=True)
+    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False, hide_input_in_errors=True, defer_build=True)
 
     type: Annotated[str, Field(pattern=r"^[a-z]+-[a-z-]{1,64}$")]
     hostname: Annotated[str, Field(min_length=1, max_length=255)]
@@ -183,15 +184,18 @@ class _Event(BaseModel):
 
 
 _JobId = Annotated[str, Field(pattern=r"^job_[0-9a-f]{32}$")]
-_BODY: TypeAdapter[tuple[list[JsonValue], dict[str, JsonValue], _Embed]] = TypeAdapter(
-    tuple[list[JsonValue], dict[str, JsonValue], _Embed], config=ConfigDict(strict=True)
-)
-_ARGS: TypeAdapter[tuple[list[str]]] = TypeAdapter(
-    tuple[Annotated[list[_JobId], Field(min_length=1, max_length=MAX_IDS)]], config=ConfigDict(strict=True)
-)
-_COMMAND: TypeAdapter[_Command] = TypeAdapter(_Command)
-_EVENTS: TypeAdapter[_Event | list[_Event]] = TypeAdapter(_Event | list[_Event])
-_REPLY: TypeAdapter[dict[str, JsonValue]] = TypeAdapter(dict[str, JsonValue], config=ConfigDict(strict=True))
+
+
+@cache
+def _adapter(what: Any, strict: bool = False) -> TypeAdapter[Any]:
+    return TypeAdapter(what, config=ConfigDict(strict=True) if strict else None)
+
+
+_BODY = partial(_adapter, tuple[list[JsonValue], dict[str, JsonValue], _Embed], True)
+_ARGS = partial(_adapter, tuple[Annotated[list[_JobId], Field(min_length=1, max_length=MAX_IDS)]], True)
+_COMMAND = partial(_adapter, _Command)
+_EVENTS = partial(_adapter, _Event | list[_Event])
+_REPLY = partial(_adapter, dict[str, JsonValue], True)
 
 
 # --- checking ---
@@ -220,9 +224,9 @@ def _envelope(raw: bytes, model: type[E]) -> tuple[E, bytes]:
         raise Malformed("body") from None
 
 
-def _parsed(adapter: TypeAdapter[Any], value: bytes, reason: str) -> Any:
+def _parsed(adapter: Callable[[], TypeAdapter[Any]], value: bytes, reason: str) -> Any:
     try:
-        return adapter.validate_json(value)
+        return adapter().validate_json(value)
     except ValidationError:
         raise Malformed(reason) from None
 

@@ -58,6 +58,7 @@ class Keeper:
         self._lost: set[Key] = set()
         self._cancelled: set[Key] = set()
         self._last_beat: dict[Key, float] = {}
+        self._last_word = 0.0
         self._closing = False
         self._process = self._start()
         threading.Thread(target=self._watch, name="keeper", daemon=True).start()
@@ -118,11 +119,14 @@ class Keeper:
             _send(self._process, message)
 
     def progress(self, key: Key, fraction: float | None, message: str) -> None:
-        """Pass progress on, at most twice a second for each job."""
+        """Pass progress on, at most twice a second for each job; of one that is done only where its micro-batch was silent as long."""
         at = time.monotonic()
-        if at - self._last_beat.get(key, 0.0) < 0.5 and (fraction is None or fraction < 1.0):
+        last = self._last_beat.get(key, 0.0)
+        if fraction is not None and fraction >= 1.0 and not message:
+            last = self._last_word
+        if at - last < 0.5:
             return
-        self._last_beat[key] = at
+        self._last_beat[key] = self._last_word = at
         with self._lock:
             _send(self._process, {"op": "beat", "job": key, "fraction": fraction, "message": message})
 

@@ -5,6 +5,7 @@ import contextlib
 import errno
 import io
 import json
+import math
 import os
 import pickle
 import random
@@ -62,7 +63,7 @@ class Report:
     @property
     def p95(self) -> float | None:
         """95th percentile of recovery, seconds."""
-        return round(sorted(self.recovery)[int(0.95 * (len(self.recovery) - 1))], 2) if self.recovery else None
+        return round(sorted(self.recovery)[math.ceil(0.95 * len(self.recovery)) - 1], 2) if self.recovery else None
 
 
 @dataclass(frozen=True)

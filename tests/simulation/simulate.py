@@ -11,6 +11,7 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
+from queue import Empty
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
@@ -106,7 +107,15 @@ def main() -> int:
     simulated_s = cpu_s = 0.0
     tables: dict[str, Counter[str]] = {}
     while done < len(workers):
-        what, data = queue.get()
+        try:
+            what, data = queue.get(timeout=5)
+        except Empty:
+            if lost := [worker for worker in workers if worker.exitcode]:
+                print(f"a process ended with {lost[0].exitcode} before it had played its histories; the others are stopped", flush=True)
+                for worker in workers:
+                    worker.terminate()
+                return 1
+            continue
         if what == "violation":
             seed, violations, path = data  # type: ignore[misc]
             violated += 1

@@ -1,6 +1,7 @@
 """What a worker's child tells its keeper, and how seldom."""
 
 import threading
+import types
 
 import pytest
 
@@ -50,6 +51,25 @@ def test_members_that_are_done_are_one_sign_of_life(keeper, sent):
     keeper.progress(KEYS[3], 0.5, "half")
     keeper.progress(KEYS[3], 0.6, "more")
     assert [m["message"] for m in sent[1:]] == ["half"]
+
+
+def test_looks_that_are_left_out_are_no_pause_of_the_keepers_own(monkeypatch, tmp_path):
+    # Found by simulation: the time since the last look was taken for a stop of the machine, and a child that hung was never killed.
+    clock = [100.0]
+    killed = []
+    keeper = _Keeper(load_settings(state_dir=tmp_path))
+    monkeypatch.setattr("worker.keeper.time", types.SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr(keeper, "kill", lambda held, reason: killed.append(reason))
+    keeper.looked_at = clock[0]
+    keeper.take({"op": "hold", "group": 1, "jobs": [["job_x", 1]], "progress_s": 5.0, "limit_s": 50.0})
+    keeper.take({"op": "beat", "job": ["job_x", 1], "fraction": 0.5, "message": None})
+    for _ in range(3):
+        clock[0] += 0.2
+        keeper.awake()
+        clock[0] += 3.9
+        keeper.watch()
+    assert killed and killed[0].startswith("no progress for 8 s")
+    keeper.database.close()
 
 
 def test_the_keeper_takes_what_it_is_told(tmp_path):

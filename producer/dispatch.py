@@ -17,6 +17,9 @@ log = structlog.get_logger(__name__)
 LOOK, LOOK_MOST = 256, 4096
 """Queued rows of a project that are looked at in one go: at first, and at most."""
 
+TOP_UP = 1024
+"""Jobs after which a call that only tops up goes back to its work: the next comes soon, and commits wait meanwhile."""
+
 
 class Dispatcher:
     """Moves queued jobs to the broker, up to the cap of each queue.
@@ -62,7 +65,7 @@ class Dispatcher:
                     return sent
                 moved = sum(len(hint.ids) for hint in hints)
                 sent += moved
-                if moved < window:
+                if moved < window or (top_up and sent >= TOP_UP):
                     break  # all that was seen; whatever was held back waits for room or for company
                 # Small jobs: look further ahead, so that a round trip moves more of them.
                 window = min(2 * window, LOOK_MOST)

@@ -74,7 +74,7 @@ def life(factory: Factory, groups: int) -> dict[str, float]:
             for c in claimed
         ]  # fmt: skip
         begun = time.perf_counter()
-        done = factory.database.run(lambda conn, results=results: lifecycle.finish(conn, results))
+        done = factory.database.run(lambda conn, results=results: lifecycle.finish(conn, results, "bench"))
         spent["commit"] += time.perf_counter() - begun
         jobs += len(done)
     for hint in hints:

@@ -44,6 +44,7 @@ def by_key(conn: Connection, project_id: str, key: str) -> RowMapping | None:
 
 
 _ENDED_INDEX: dict[str, str] = {JobState.SUCCEEDED: "ix_jobs_{}succeeded", **dict.fromkeys(UNWELL, "ix_jobs_{}unwell")}
+"""Index of a terminal state, of a project's jobs or (``batch_``) of a batch's."""
 FEW = 1000
 """Rows up to which the jobs of a state are fetched by that state's own index and sorted."""
 

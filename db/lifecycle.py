@@ -921,7 +921,7 @@ def _ended(conn: Connection, rows: Sequence[Any], state: JobState, at: float, *,
 
 def _unblock(conn: Connection, parents: Sequence[str]) -> None:
     dialect = conn.dialect.name
-    waiting = Counter(conn.execute(_children(dialect), {"p_ids": packed(dialect, parents)}).scalars().all())
+    waiting = Counter(edge.job_id for edge in conn.execute(_edges(dialect), {"p_ids": packed(dialect, parents)}))
     by_count: dict[int, list[str]] = defaultdict(list)
     for child, n in sorted(waiting.items()):
         by_count[n].append(child)
@@ -942,11 +942,6 @@ def _less_pending(dialect: str) -> Any:
 def _unblocked(dialect: str) -> Any:
     blocked = (among_given(dialect, Job.c.id, "p_ids"), was(JobState.BLOCKED))
     return update(Job).where(*blocked, Job.c.pending <= 0).values(state=JobState.QUEUED)
-
-
-@cache
-def _children(dialect: str) -> Any:
-    return select(Dependency.c.job_id).where(among_given(dialect, Dependency.c.parent_id, "p_ids"))
 
 
 def _fail_children(conn: Connection, parents: Sequence[str]) -> None:

@@ -50,11 +50,10 @@ class Spool:
         """
         self._count += 1
         spec, parsed = line.spec, line.parsed
-        parents = line.parents
         known = not line.refs and not line.files and not takes_media(type(parsed)) and (model is not None or not spec.takes_model)
         seed = line.seed if line.seed is not None else stable_seed(line.custom_id, dumps_sorted(line.with_files(uploaded or {})))
         params = parsed.model_dump_json() if known else dumps(line.with_files(uploaded or {}))
-        data = dumps([self._count, line.custom_id, spec.name, params, parents, line.priority, seed, line.metadata])
+        data = dumps([self._count, line.custom_id, spec.name, params, line.parents, line.priority, seed, line.metadata])
         key = spec.share_key(parsed, model) if known else None
         rest = dumps([estimate(spec, parsed), model, key])
         # The digest says whether two manifests ask for the same, so what was looked up for them is no part of it.

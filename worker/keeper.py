@@ -32,7 +32,7 @@ _CANCELLED = {"type": "cancelled", "code": "cancelled", "message": "cancelled wh
 LOAD_ALLOWANCE_S = 600.0
 """Silence allowed on top of the kind's limit until the first sign of progress: a model may have to be loaded or converted."""
 STILL_S = 4.0
-"""The keeper looks twice a second; after so long a pause of its own, seconds, it does not hold that time against the runner."""
+"""The keeper wakes twice a second; after so long a pause of its own, seconds, it does not hold that time against the runner."""
 LOOK_S = 0.25
 """Shortest pause between two looks at what is silent, seconds: with thousands of short jobs a second messages come more often."""
 REPORT_S = 10.0
@@ -121,9 +121,10 @@ class Keeper:
     def progress(self, key: Key, fraction: float | None, message: str) -> None:
         """Pass progress on, at most twice a second for each job; of one that is done only where its micro-batch was silent as long."""
         at = time.monotonic()
-        last = self._last_beat.get(key, 0.0)
-        if fraction is not None and fraction >= 1.0 and not message:
-            last = self._last_word
+        if fraction is not None and fraction >= 1.0:
+            last = 0.0 if message else self._last_word
+        else:
+            last = self._last_beat.get(key, 0.0)
         if at - last < 0.5:
             return
         self._last_beat[key] = self._last_word = at
@@ -303,7 +304,7 @@ class _Keeper:
                     lifecycle.report_worker(conn, *report)
         except ServiceUnavailable as error:
             # Nobody said 'not yours': the work goes on, and the reaper waits a lease after such an outage.
-            self.notes = {**told, **self.notes}
+            self.notes = told
             log.warning("heartbeat_failed", action="beat", error=error.message)
             return
         if not fresh:

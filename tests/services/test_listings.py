@@ -1,5 +1,7 @@
 """Listings and progress of a large batch: right, page by page, and by an index that leads to what is asked for."""
 
+import re
+
 import pytest
 from sqlalchemy import event, text, update
 
@@ -68,6 +70,11 @@ class Plans:
         return "\n".join(out)
 
 
+def passed_over(plan):
+    """Rows that PostgreSQL read and did not want; SQLite does not tell."""
+    return sum(map(int, re.findall(r"Rows Removed by \w+: (\d+)", plan)))
+
+
 def lines(rows):
     return [row["line"] for row in rows]
 
@@ -106,7 +113,7 @@ def test_what_has_ended_is_not_looked_for_among_what_waits(database, project, ba
     name = f"ix_jobs_{'batch_' if of == 'batch' else ''}{'succeeded' if state == 'succeeded' else 'unwell'}"
     plan = plans.text()
     assert name in plan, plan
-    assert "Rows Removed by Filter: " not in plan.replace("Rows Removed by Filter: 1", "").replace("Rows Removed by Filter: 2", ""), plan
+    assert passed_over(plan) <= 3, plan
 
 
 def test_the_last_page_of_a_batch_is_entered_where_it_begins(database, project, batch):
@@ -115,8 +122,9 @@ def test_the_last_page_of_a_batch_is_entered_where_it_begins(database, project, 
         with Plans(database) as plans:
             assert lines(jobs.list_page(conn, project, batch_id=batch, after=after)) == list(range(19, -1, -1))
     plan = plans.text()
-    assert "line<" in plan.replace("line <= ", "line<").replace('line<?', "line<"), plan
-    assert "Rows Removed by Filter: 5" not in plan, plan
+    if database.sqlite:
+        assert "(batch_id=? AND line<?)" in plan, plan
+    assert passed_over(plan) <= 3, plan
 
 
 def test_progress_counts_what_runs_by_its_own_index(database, project, batch):

@@ -430,6 +430,7 @@ def test_64_mib_on_a_channel_do_not_stop_a_worker(rig):
         rig.redis.publish(channel, b"x" * 2**26)
         rig.until(lambda: rig.redis.pubsub_numpat() >= 1, 30)
         time.sleep(1)
+        rig.until(lambda: rig.redis.pubsub_numpat() >= 1, 30)
         rig.works()
     rig.until(lambda: rig.app.control.ping(destination=["door@here"], timeout=2, limit=1), 30)
 

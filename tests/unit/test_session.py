@@ -4,6 +4,7 @@ import threading
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from sqlalchemy import text
 
@@ -17,6 +18,11 @@ def database(tmp_path):
         conn.execute(text("CREATE TABLE notes (n INTEGER)"))
     yield made
     made.close()
+
+
+def noted(database):
+    with database.read() as conn:
+        return conn.execute(text("SELECT count(*) FROM notes")).scalar()
 
 
 def test_writers_of_several_connections_take_turns(database, tmp_path):
@@ -38,8 +44,7 @@ def test_writers_of_several_connections_take_turns(database, tmp_path):
         thread.start()
     for thread in threads:
         thread.join()
-    with database.read() as conn:
-        assert conn.execute(text("SELECT count(*) FROM notes")).scalar() == 80
+    assert noted(database) == 80
     assert most == 1
     other.close()
 
@@ -58,12 +63,16 @@ def test_who_cannot_have_a_turn_writes_all_the_same(database):
     database._turn = _Turn(Path("/nowhere/at/all"))
     with database.write() as conn:
         conn.execute(text("INSERT INTO notes VALUES (1)"))
+    assert noted(database) == 1
 
 
 def test_a_turn_that_is_never_given_back_only_delays(database, monkeypatch, tmp_path):
     monkeypatch.setattr("db.session.BUSY_S", 0.2)
+    started = time.monotonic()
     with _Turn(tmp_path / "ledger.db-turn").taken(), database.write() as conn:
         conn.execute(text("INSERT INTO notes VALUES (1)"))
+    assert noted(database) == 1
+    assert time.monotonic() - started >= 0.2
 
 
 def test_threads_that_end_leave_no_handles(database):
@@ -71,16 +80,11 @@ def test_threads_that_end_leave_no_handles(database):
         with database.write() as conn:
             conn.execute(text("INSERT INTO notes VALUES (1)"))
 
-    def handles():
-        return len(list(Path("/proc/self/fd").iterdir()))
-
-    if not Path("/proc/self/fd").is_dir():
-        pytest.skip("no /proc")
     write()
-    before = handles()
+    before = psutil.Process().num_fds()
     for _ in range(20):
         thread = threading.Thread(target=write)
         thread.start()
         thread.join()
     database.engine.dispose()
-    assert handles() <= before
+    assert psutil.Process().num_fds() <= before

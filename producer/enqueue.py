@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import os
 import random
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -26,7 +27,7 @@ from producer import manifest as manifests
 from producer.dispatch import Dispatcher
 from producer.models import ModelPins
 from producer.publish import Publisher
-from producer.spool import KEY, SPOOL_FORMAT, Spool, as_dict, estimate, number_of, record_number
+from producer.spool import KEY, NUMBERED, SPOOL_FORMAT, Spool, as_dict, estimate, number_of, record_number
 from storage.base import ObjectStore
 from storage.keys import input_key, media_type_for
 
@@ -34,29 +35,50 @@ log = structlog.get_logger(__name__)
 
 EXPAND_ROWS = 4000
 """Rows in one transaction of the expander."""
+_NO_DIGITS = re.compile(r"[^0-9]+")
 _PLAIN = frozenset({str, int, float, bool, type(None)})
 MAX_MANY = 100_000
 """Most jobs in one call of `Producer.submit_many`; what is larger goes in as a manifest, which streams."""
 
 
-def job_id_for(batch_id: str, custom_id: str) -> str:
+def job_id_for(batch_id: str, custom_id: str, form: int = SPOOL_FORMAT) -> str:
     """The id of a batch's job: a function of both, so that a repeated chunk writes nothing twice and a dependency may point
     to a line that is not there yet. Its first half is the batch's own time stamp, so ids still sort by age.
+
+    Args:
+        batch_id: Batch.
+        custom_id: The line's name.
+        form: The batch's `form_of`.
     """
-    return job_ids(batch_id)(custom_id)
+    return job_ids(batch_id, form)(custom_id)
 
 
-def job_ids(batch_id: str) -> Callable[[str], str]:
-    """`job_id_for` for many jobs of one batch."""
+def job_ids(batch_id: str, form: int = SPOOL_FORMAT) -> Callable[[str], str]:
+    """`job_id_for` for many jobs of one batch.
+
+    Names of most batches are numbered, and lines come in that order. The number goes before the digest: neighbours by line are
+    neighbours in every index then, and a micro-batch touches a few of its pages instead of one for each job.
+    """
     begun = hashlib.sha256(f"{batch_id}\x1f".encode())
     stamp = batch_id.partition("_")[2][:12]
 
-    def job_id(custom_id: str) -> str:
+    def numbered(custom_id: str) -> str:
+        digest = begun.copy()
+        digest.update(custom_id.encode())
+        number = int(_NO_DIGITS.sub("", custom_id)[-12:] or 0) & 0xFFFFF
+        return f"job_{stamp}{number:05x}{digest.hexdigest()[:15]}"
+
+    def plain(custom_id: str) -> str:
         digest = begun.copy()
         digest.update(custom_id.encode())
         return f"job_{stamp}{digest.hexdigest()[:20]}"
 
-    return job_id
+    return numbered if form >= NUMBERED else plain
+
+
+def form_of(batch: Mapping[str, Any]) -> int:
+    """Form of a batch's spool and of its jobs' ids."""
+    return int(batch["source"].get("format", 1))
 
 
 class Producer:
@@ -568,7 +590,7 @@ class Producer:
         batch_id, project_id, source = batch["id"], batch["project_id"], batch["source"]
         rows: list[lifecycle.NewJob] = []
         hard: list[tuple[int, Mapping[str, Any]]] = []
-        job_id = job_ids(batch_id)
+        job_id = job_ids(batch_id, form_of(batch))
         usual, reuse = source.get("priority", 0), source.get("reuse", True) and self.settings.reuse_results
         for record in chunk:
             if isinstance(record, dict) or record[KEY] is None:
@@ -582,14 +604,14 @@ class Producer:
                     id=job_id(custom_id), project_id=project_id, batch_id=batch_id, custom_id=custom_id, line=n,
                     rank=rank0 + min(n, 999_999), kind=kind, queue=spec.queue, params=params, share_key=share_key, seconds=seconds,
                     seed=seed, model=model, priority=priority or usual,
-                    parents=tuple(_batch_job(batch_id, p) for p in parents), reuse=reuse and spec.cacheable, labels=labels,
+                    parents=tuple(_batch_job(job_id, p) for p in parents), reuse=reuse and spec.cacheable, labels=labels,
                 )
             )  # fmt: skip
         if hard:
             with self.database.read() as conn:
                 pins = ModelPins(conn, project_id)
                 for at, record in hard:
-                    rows[at] = self._row(conn, record, batch_id, project_id, pins, rank0)
+                    rows[at] = self._row(conn, record, batch_id, project_id, pins, rank0, job_id)
         return rows
 
     def _write_chunk(self, batch_id: str, project_id: str, rows: Sequence[lifecycle.NewJob], old: int, new: int) -> bool:
@@ -611,9 +633,10 @@ class Producer:
 
         return self.database.run(work)
 
-    def _row(self, conn: Any, record: Mapping[str, Any], batch_id: str, project_id: str, pins: ModelPins, rank0: int) -> lifecycle.NewJob:
+    def _row(self, conn: Any, record: Mapping[str, Any], batch_id: str, project_id: str, pins: ModelPins, rank0: int,
+             job_id: Callable[[str], str]) -> lifecycle.NewJob:  # fmt: skip
         spec = get_kind(record["kind"])
-        parsed = _pin_datasets(conn, project_id, _rename_refs(spec.validate(record["params"]), partial(_batch_job, batch_id)))
+        parsed = _pin_datasets(conn, project_id, _rename_refs(spec.validate(record["params"]), partial(_batch_job, job_id)))
         try:
             model = pins.pin(spec, getattr(parsed, "model", None))
         except InputError:
@@ -623,12 +646,12 @@ class Producer:
             model = parsed.model  # type: ignore[attr-defined]
         seed = record["seed"]
         return lifecycle.NewJob(
-            id=job_id_for(batch_id, record["id"]), project_id=project_id, batch_id=batch_id, custom_id=record["id"],
+            id=job_id(record["id"]), project_id=project_id, batch_id=batch_id, custom_id=record["id"],
             line=record["n"], rank=rank0 + min(record["n"], 999_999), kind=spec.name, queue=spec.queue,
             params=parsed.model_dump(mode="json"), share_key=spec.share_key(parsed, model), seconds=estimate(spec, parsed),
             seed=seed if seed is not None else stable_seed(record["id"], dumps_sorted(record["params"])),
             model=model, priority=record["priority"],
-            parents=tuple(_batch_job(batch_id, p) for p in record["parents"]),
+            parents=tuple(_batch_job(job_id, p) for p in record["parents"]),
             reuse=record["reuse"] and spec.cacheable and self.settings.reuse_results, labels=record["labels"],
         )  # fmt: skip
 
@@ -659,8 +682,8 @@ class Producer:
             if not made:
                 return None
             batches.create(
-                conn, new_batch, project_id, batch["name"], source={"retry_of": batch_id, "file": batch["source"].get("file")}, digest=None,
-                priority=batch["priority"], labels=batch["labels"], retry_of=batch_id,
+                conn, new_batch, project_id, batch["name"], digest=None, priority=batch["priority"],
+                source={"retry_of": batch_id, "file": batch["source"].get("file"), "format": SPOOL_FORMAT}, labels=batch["labels"], retry_of=batch_id,
             )  # fmt: skip
             batches.advance(conn, new_batch, 0, len(made), len(made))
             lifecycle.insert_jobs(conn, made)
@@ -778,9 +801,9 @@ def _pin_datasets(conn: Any, project_id: str, params: Params) -> Params:
     return type(params).model_validate({**params.model_dump(mode="json"), **found})
 
 
-def _batch_job(batch_id: str, name: str) -> str:
+def _batch_job(job_id: Callable[[str], str], name: str) -> str:
     """The job that a line of a batch means: an accepted one by its id, or one of the same batch by its ``custom_id``."""
-    return name if is_id(name, "job") else job_id_for(batch_id, name)
+    return name if is_id(name, "job") else job_id(name)
 
 
 def _rename_refs(params: Params, rename: Callable[[str], str]) -> Params:

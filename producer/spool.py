@@ -17,8 +17,12 @@ from contentfactory.ids import stable_seed
 from contentfactory.jobs.spec import KindSpec, Params, takes_media
 from producer.manifest.model import JobLine
 
-SPOOL_FORMAT = 2
-"""Form of the lines: lists. The first form was objects; batches of both kinds may be waiting when a release changes."""
+SPOOL_FORMAT = 3
+"""Form of the lines, and of the ids that jobs get: lists and numbered ids. The first form was objects, the second had ids without a
+number; batches of all three may be waiting when a release changes."""
+
+NUMBERED = 3
+"""First form whose jobs have numbered ids."""
 
 AT_ONCE = 256
 """Lines that are written, and taken into the digest, at once."""

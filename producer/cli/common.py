@@ -95,11 +95,12 @@ class Factory:
             NotFound: If there is none.
         """
         from db import jobs
-        from producer.enqueue import job_id_for
+        from producer.enqueue import form_of, job_id_for
 
         batch, colon, custom_id = job_id.partition(":")
         if colon:
-            job_id = job_id_for(self.find_batch(batch)["id"], custom_id)
+            found = self.find_batch(batch)
+            job_id = job_id_for(found["id"], custom_id, form_of(found))
         with self.database.read() as conn:
             row = jobs.get(conn, self.project_id, job_id)
         if row is None:

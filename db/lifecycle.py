@@ -382,6 +382,33 @@ def dispatch(conn: Connection, queue: str, *, cap_s: float, max_jobs: int = 4096
     return out
 
 
+def dispatch_alone(conn: Connection, job: NewJob) -> Hint | None:
+    """Dispatch a job that the same transaction accepted, if its queue is idle: nothing waits there and nothing is on the broker.
+
+    Then there is nothing to weigh, and it costs half the round trips of `dispatch`. In all other cases that decides.
+
+    Returns:
+        The hint to publish after the commit; None where the job still waits.
+    """
+    if conn.dialect.name == "postgresql" and not conn.execute(_TURN_OR_NOT, {"name": f"dispatch:{job.queue}"}).scalar():
+        return None
+    idle = waiting.idle(conn, job.queue, job.project_id, job.id)
+    if idle is None:
+        return None
+    dialect = conn.dialect.name
+    at, begins = float(idle.at), max(idle.virtual_seconds or 0.0, idle.clock)
+    if not conn.execute(_dispatched(dialect), {"p_ids": packed(dialect, [job.id]), "p_at": at}).scalars().all():
+        return None
+    shares = {"queue": job.queue, "project_id": job.project_id, "virtual_seconds": begins + job.seconds / max(idle.weight, 1e-6)}
+    conn.execute(_shared(dialect), shares)
+    if begins > idle.clock:
+        _set_mark(conn, waiting.clock_name(job.queue), begins)
+    return Hint(job.kind, job.queue, job.priority, (job.id,), at)
+
+
+_TURN_OR_NOT = statement_text("SELECT pg_try_advisory_xact_lock(hashtext(:name))")
+
+
 @cache
 def _dispatched(dialect: str) -> Any:
     return (

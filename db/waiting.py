@@ -77,6 +77,28 @@ def look(conn: Connection, queue: str, worker_seen_s: float) -> Any:
     return conn.execute(_LOOK, {"queue": queue, "seen_s": worker_seen_s, "serves": f'%"{queue}"%', "clock": clock_name(queue)}).one()
 
 
+_IDLE = (
+    select(now().label("at"), Project.c.weight, Share.c.virtual_seconds, Mark.c.value.label("clock"))
+    .select_from(
+        Project.join(Mark, Mark.c.name == bindparam("clock"))
+        .outerjoin(Share, and_(Share.c.project_id == Project.c.id, Share.c.queue == bindparam("queue")))
+    )
+    .where(Project.c.id == bindparam("project"), Project.c.paused.is_(False))
+    .where(~select(Queue.c.name).where(Queue.c.name == bindparam("queue"), Queue.c.paused).exists())
+    .where(~select(Job.c.id).where(Job.c.queue == bindparam("queue"), has_state(JobState.DISPATCHED)).exists())
+    .where(~select(Job.c.id).where(Job.c.queue == bindparam("queue"), has_state(JobState.QUEUED), Job.c.id != bindparam("job")).exists())
+)  # fmt: skip
+
+
+def idle(conn: Connection, queue: str, project_id: str, job_id: str) -> Any:
+    """Time (``at``), the queue's ``clock``, and the project's ``weight`` and ``virtual_seconds`` (None where it has none yet).
+
+    None where anything is on the broker or waits besides the one job, where the queue or the project is paused, or where the queue has
+    no clock yet.
+    """
+    return conn.execute(_IDLE, {"queue": queue, "project": project_id, "job": job_id, "clock": clock_name(queue)}).one_or_none()
+
+
 def clock_name(queue: str) -> str:
     """Name of the mark that keeps a queue's virtual clock."""
     return f"clock:{queue}"

@@ -1,6 +1,6 @@
 """Dispatch: queued rows become hints on the broker. Anybody may run it at any time; SQL decides who gets what."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from functools import partial
 
@@ -57,11 +57,7 @@ class Dispatcher:
                 hints = self.database.run(step)
                 if not hints:
                     break
-                unsent = self.publisher.send(hints)
-                if unsent:
-                    ids = [i for hint in unsent for i in hint.ids]
-                    self.database.run(partial(lifecycle.undispatch, ids=ids))
-                    log.warning("broker_unavailable", action="undispatch", queue=queue, jobs=len(ids))
+                if not self.send(hints):
                     return sent
                 moved = sum(len(hint.ids) for hint in hints)
                 sent += moved
@@ -70,6 +66,23 @@ class Dispatcher:
                 # Small jobs: look further ahead, so that a round trip moves more of them.
                 window = min(2 * window, LOOK_MOST)
         return sent
+
+    def send(self, hints: Sequence[lifecycle.Hint]) -> bool:
+        """Publish what a committed transaction dispatched; what the broker does not take is queued again.
+
+        Returns:
+            Whether it took all of them.
+
+        Raises:
+            ServiceUnavailable: If neither the broker nor the ledger answers: the timer finds these jobs.
+        """
+        unsent = self.publisher.send(hints)
+        if not unsent:
+            return True
+        ids = [i for hint in unsent for i in hint.ids]
+        self.database.run(partial(lifecycle.undispatch, ids=ids))
+        log.warning("broker_unavailable", action="undispatch", queue=unsent[0].queue, jobs=len(ids))
+        return False
 
     def rescue(self, queues: Iterable[str], margin_s: float = 5.0) -> dict[str, int]:
         """Queue jobs again whose hints the broker has lost.

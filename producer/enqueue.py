@@ -156,6 +156,7 @@ class Producer:
         request_hash = hashlib.sha256(dumps_sorted(request).encode()).hexdigest()
         job_id = new_id("job")
         chosen = seed if seed is not None else int.from_bytes(os.urandom(4), "big") >> 1
+        hints: list[lifecycle.Hint] = []
 
         def work(conn: Any) -> str:
             if idempotency_key is not None:
@@ -179,11 +180,14 @@ class Producer:
             if not lifecycle.insert_jobs(conn, [row]) and jobs.get(conn, project_id, job_id) is None:
                 # Not our own earlier try, whose answer was lost: somebody else committed the same key between our look and our insert: look again.
                 raise ServiceUnavailable("the same idempotency key is being accepted right now", code="busy")
+            if self.dispatcher and priority >= Priority.INTERACTIVE and (hint := lifecycle.dispatch_alone(conn, row)):
+                # Somebody waits for it: one transaction instead of two. A repeat of it may send the hint twice, which does no harm.
+                hints.append(hint)
             return job_id
 
         made = self.database.run(work)
         if made == job_id:
-            self.kick([spec.queue])
+            self.kick([spec.queue], hints=hints)
         return made
 
     def submit_many(
@@ -307,18 +311,22 @@ class Producer:
             if value.startswith("art_") and jobs.artifact(conn, project_id, value) is None:
                 raise InputError(f"{field}: {value} is no artifact of this project", code="unknown_artifact", param=field)
 
-    def kick(self, queues: Sequence[str] | None = None, *, bulk: bool = False) -> None:
+    def kick(self, queues: Sequence[str] | None = None, *, bulk: bool = False, hints: Sequence[lifecycle.Hint] = ()) -> None:
         """Dispatch now; whatever fails here, the timer does later.
 
         Args:
             queues: Queues that may have work; all where left out.
             bulk: Leave a queue alone whose workers have enough, or that somebody else serves at this moment: they fetch more themselves,
                 and whoever hands in many jobs has more to do.
+            hints: What was dispatched already and only has to be sent; then nothing else is dispatched.
         """
         if self.dispatcher is None:
             return
         try:
-            self.dispatcher.dispatch(queues, top_up=bulk)
+            if hints:
+                self.dispatcher.send(hints)
+            else:
+                self.dispatcher.dispatch(queues, top_up=bulk)
         except ServiceUnavailable as error:
             log.warning("dispatch_deferred", action="kick", error=error.message)
 

@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections import deque
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,8 @@ come back, from a worker that died say, are not made to wait for all of it a sec
 _SEPARATOR = "\x06\x16"
 ENDED = "factory.ended"
 """Channel on which workers name interactive jobs that have ended. A hint, as everything on the broker: the ledger says how they ended."""
+MAX_EARS = 8
+"""Connections to that channel that are kept while nobody waits."""
 
 
 def band(hint: "Hint") -> int:
@@ -73,6 +76,8 @@ class Publisher:
         url = settings.redis()
         tcp = {} if url.startswith("unix:") else {"socket_keepalive": True}
         self._redis = redis.Redis.from_url(url, socket_timeout=15, socket_connect_timeout=5, **tcp)
+        self._ears: deque[Any] = deque()
+        """Connections of those who waited once and are ready for the next."""
         # Where kombu publishes events: a channel of the broker's database, of the exchange, of the routing key.
         self._events = f"/{self._redis.connection_pool.connection_kwargs.get('db') or 0}.celeryev/task.sent"
 
@@ -110,18 +115,43 @@ class Publisher:
     @contextmanager
     def listen(self, job_ids: Collection[str]) -> Iterator["Listener | None"]:
         """Hear of the end of these jobs while the block lasts; None where the broker does not answer."""
-        pubsub: Any = self._redis.pubsub()  # type: ignore[no-untyped-call]
+        pubsub = self._subscribed()
         try:
+            yield Listener(pubsub, frozenset(job_ids)) if pubsub else None
+        finally:
+            if pubsub:
+                with suppress(RedisError, OSError):
+                    # Kept for the next who waits: to connect takes five round trips. Its answer is read then.
+                    if len(self._ears) < MAX_EARS:
+                        pubsub.unsubscribe(ENDED)
+                        self._ears.append(pubsub)
+                    else:
+                        pubsub.close()
+
+    def _subscribed(self) -> Any:
+        """A connection that hears of jobs that end, from here on without a gap; None where the broker does not answer."""
+        while True:
+            kept = self._kept()
+            pubsub: Any = kept or self._redis.pubsub()  # type: ignore[no-untyped-call]
             try:
                 pubsub.subscribe(ENDED)
-                pubsub.get_message(timeout=1.0)  # from here on nothing is missed
-                listener: Listener | None = Listener(pubsub, frozenset(job_ids))
+                end = time.monotonic() + 1.0
+                while (left := end - time.monotonic()) > 0:
+                    message = pubsub.get_message(timeout=left)
+                    if message is not None and message["type"] == "subscribe":
+                        return pubsub
             except (RedisError, OSError):
-                listener = None
-            yield listener
-        finally:
+                pass
             with suppress(RedisError, OSError):
                 pubsub.close()
+            if kept is None:
+                return None
+            # A connection that had rested, to a broker that was restarted perhaps: try the others, and at last a new one.
+
+    def _kept(self) -> Any:
+        with suppress(IndexError):
+            return self._ears.pop()
+        return None
 
     def waiting(self, queue: str) -> int:
         """Messages that wait on a queue."""
@@ -170,6 +200,9 @@ class Publisher:
 
     def close(self) -> None:
         """Close every connection."""
+        while (ear := self._kept()) is not None:
+            with suppress(RedisError, OSError):
+                ear.close()
         self._redis.close()
 
     @staticmethod

@@ -59,6 +59,7 @@ class Keeper:
         self._cancelled: set[Key] = set()
         self._last_beat: dict[Key, float] = {}
         self._last_word = 0.0
+        self._models: dict[str, Any] | None = None  # what was last said of the loaded models
         self._closing = False
         self._process = self._start()
         threading.Thread(target=self._watch, name="keeper", daemon=True).start()
@@ -75,6 +76,8 @@ class Keeper:
         _send(process, self._hello)
         for message in {m["group"]: m for m in self._held.values()}.values():
             _send(process, {**message, "jobs": [key for key in message["jobs"] if key in self._held]})
+        if self._models:
+            _send(process, self._models)
         return process
 
     def _watch(self) -> None:
@@ -132,9 +135,12 @@ class Keeper:
             _send(self._process, {"op": "beat", "job": key, "fraction": fraction, "message": message})
 
     def models(self, names: Sequence[str], device: str | None = None) -> None:
-        """Say which models are loaded, and on what make of device."""
+        """Say which models are loaded, and on what make of device; nothing where that was said before."""
+        message = {"op": "models", "names": list(names), "device": device}
         with self._lock:
-            _send(self._process, {"op": "models", "names": list(names), "device": device})
+            if message != self._models:
+                self._models = message
+                _send(self._process, message)
 
     def loading(self, model: str | None, limit_s: float) -> None:
         """Say that a model is being loaded and how long that may take, or (None) that it is done."""

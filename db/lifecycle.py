@@ -291,7 +291,8 @@ def dispatch(conn: Connection, queue: str, *, cap_s: float, max_jobs: int = 4096
     Args:
         conn: Connection in a write transaction.
         queue: Queue to serve.
-        cap_s: Compute seconds that may be in the broker for each live worker of the queue.
+        cap_s: Compute seconds that may be in the broker for each live worker of the queue; where nothing is there, a micro-batch for
+            each worker may be, whatever it takes.
         max_jobs: Most jobs in one call, and in the broker for each live worker; a project that has nothing there may send one
             micro-batch past both caps.
         window: Rows looked at per project.
@@ -337,8 +338,10 @@ def dispatch(conn: Connection, queue: str, *, cap_s: float, max_jobs: int = 4096
     hints: list[tuple[str, int, list[str], bool, bool]] = []
     taken = 0
     idle = int(look.jobs) == 0
+    # Nothing waits on the broker: each worker may be out of work, however long a micro-batch takes.
+    at_least = workers if idle else 0
     prefer = warm.Preference(conn, queue, at, worker_seen_s)
-    while candidates and (full or ((room_s > 0 or room_jobs > 0) and taken < most)):
+    while candidates and (full or ((room_s > 0 or room_jobs > 0 or len(hints) < at_least) and taken < most)):
         project = min(candidates, key=lambda p: (-candidates[p].head.priority, fair.virtual[p], p))
         rows = candidates[project].front(warm.AHEAD + 1)
         place, company = prefer.pick(project, rows)

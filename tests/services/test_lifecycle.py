@@ -423,7 +423,27 @@ def test_workers_get_equal_shares_of_a_little_work_that_is_more_than_one_look(da
             lifecycle.report_worker(conn, f"w{n}", ["text"], "cpu", 0, [])
 
     database.run(report)
-    assert [len(hint.ids) for hint in dispatch(database, window=256)] == [30] * 10
+    # Whatever it takes: 150 seconds of work where 100 may be in flight.
+    assert [len(hint.ids) for hint in dispatch(database, window=256, cap_s=10)] == [30] * 10
+
+
+def test_long_micro_batches_go_to_all_workers_and_no_further(database, make_jobs):
+    """A full micro-batch takes longer than what may be in flight: still each worker gets one, and the broker no more until they are taken."""
+    make_jobs(6 * 256, seconds=1.0)
+
+    def report(conn):
+        for n in range(4):
+            lifecycle.report_worker(conn, f"w{n}", ["text"], "cpu", 0, [])
+
+    database.run(report)
+    hints = dispatch(database, window=4096, cap_s=10)
+    assert [len(hint.ids) for hint in hints] == [256] * 4
+    assert dispatch(database, window=4096, cap_s=10) == []
+    claim(database, hints[0].ids)
+    assert dispatch(database, window=4096, cap_s=10) == [], "three wait there for whoever comes next"
+    for hint in hints[1:]:
+        claim(database, hint.ids)
+    assert sum(len(hint.ids) for hint in dispatch(database, window=4096, cap_s=10)) == 512
 
 
 def test_an_attempt_is_seen_before_its_row_is_written(database, make_jobs):

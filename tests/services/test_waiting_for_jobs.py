@@ -1,6 +1,7 @@
 """Jobs that somebody waits for: at once on their way where the queue is idle, and heard of when they have ended."""
 
 import time
+from urllib.parse import urlsplit
 
 import pytest
 from factory_services import start_valkey
@@ -213,15 +214,14 @@ def test_a_broker_that_was_restarted_is_heard_again(broker):
     service.stop()
     with publisher.listen(["a"]) as heard:
         assert heard is None, "nobody is there"
-    address, _, port = url.rpartition("@")[2].partition("/")[0].partition(":")
-    password = url.partition("://")[2].rpartition("@")[0].rpartition(":")[2]
-    again, _ = start_valkey(tmp_path / "valkey", int(port), password)
+    place = urlsplit(url)
+    again, _ = start_valkey(tmp_path / "valkey", place.port, place.password)
     try:
         with publisher.listen(["a"]) as heard:
             publisher.ended(["a"])
             assert heard.wait(5)
         again.stop()
-        again, _ = start_valkey(tmp_path / "valkey", int(port), password)
+        again, _ = start_valkey(tmp_path / "valkey", place.port, place.password)
         with publisher.listen(["a"]) as heard:  # the connection that was kept is a dead one
             assert heard is not None
             publisher.ended(["a"])

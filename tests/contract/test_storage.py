@@ -965,3 +965,39 @@ def test_s3_server_away_or_failing() -> None:
         pytest.raises(ServiceUnavailable, match="reach"),
     ):
         store.check()
+
+
+def test_what_the_key_tells_is_not_written_down_again(tmp_path: Path) -> None:
+    """A result's key bears its digest and its kind; a description of its own would be half of the work of a put."""
+    store = LocalStore(tmp_path)
+    key = artifact_key("proj_a", digest(b"{}"), ".json")
+    meta = tmp_path / "meta" / f"{key}.json"
+    store.put(key, b"{}", media_type="application/json")
+    assert not meta.exists()
+    held = store.head(key)
+    assert held is not None
+    assert (held.size, held.sha256, held.media_type) == (2, digest(b"{}"), "application/json")
+    # Put again, under another type: the first stays.
+    for again in ("application/json", "text/plain"):
+        assert store.put(key, b"{}", media_type=again).media_type == "application/json"
+        assert not meta.exists()
+    # Bytes that changed behind its back are still found out.
+    (tmp_path / "objects" / key).write_bytes(b"[]")
+    with pytest.raises(IntegrityError), store.open(key) as stream:
+        stream.read()
+
+
+def test_a_type_that_the_key_does_not_tell_is_written_down(tmp_path: Path) -> None:
+    store = LocalStore(tmp_path)
+    key = artifact_key("proj_a", digest(b"a,b"), ".csv")
+    meta = tmp_path / "meta" / f"{key}.json"
+    store.put(key, b"a,b", media_type="text/csv; header=absent")
+    assert meta.exists()
+    held = store.head(key)
+    assert held is not None and held.media_type == "text/csv; header=absent"
+    # A deletion that was cut short: the object is gone, its description is not.
+    (tmp_path / "objects" / key).unlink()
+    store.put(key, b"a,b", media_type="text/csv")
+    held = store.head(key)
+    assert held is not None and held.media_type == "text/csv"
+    assert not meta.exists()

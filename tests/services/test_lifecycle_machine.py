@@ -28,9 +28,9 @@ from sqlalchemy.exc import IntegrityError
 
 from contentfactory.jobs.spec import get_kind
 from contentfactory.states import TERMINAL, TRANSITIONS, JobState
-from db import batches, lifecycle, migrate, projects
+from db import batches, lifecycle, migrate, projects, waiting
 from db.lifecycle import NewArtifact, NewJob, Stop, Success
-from db.models import Artifact, Attempt, Base, Batch, Event, Job
+from db.models import Artifact, Attempt, Base, Batch, Event, Job, Mark
 from db.session import Database
 
 EPOCH, DAY = 1_700_000_000.0, 86_400.0
@@ -228,7 +228,12 @@ class Lifecycle(RuleBasedStateMachine):
         if len(self.jobs) < 20:
             self._accept(data, n, of_batch, again)
 
-    def _accept(self, data: Any, n: int, of_batch: bool, again: bool) -> None:
+    @rule(data=st.data())
+    def accept_and_dispatch(self, data: Any) -> None:
+        if len(self.jobs) < 20:
+            self._accept(data, 1, False, False, alone=True)
+
+    def _accept(self, data: Any, n: int, of_batch: bool, again: bool, alone: bool = False) -> None:
         project = data.draw(st.sampled_from(self.projects))
         batch = None
         if of_batch:
@@ -254,11 +259,17 @@ class Lifecycle(RuleBasedStateMachine):
                 )
             )  # fmt: skip
 
+        clocked, sent = False, None
+
         def work(conn: Any) -> int:
+            nonlocal clocked, sent
             if batch:
                 batches.create(conn, batch, project, "b", source={}, digest=None, priority=0)
                 batches.advance(conn, batch, 0, n, n)
             new = lifecycle.insert_jobs(conn, rows)
+            if alone:
+                clocked = conn.execute(select(Mark.value).where(Mark.name == waiting.clock_name("text"))).scalar() is not None
+                sent = lifecycle.dispatch_alone(conn, rows[0])
             if batch:
                 batches.expanded(conn, batch)
             return new
@@ -271,6 +282,17 @@ class Lifecycle(RuleBasedStateMachine):
                     end = JobState(conn.execute(select(Job.state).where(Job.id == row.id)).scalar_one())
                 assert end in ({JobState.CANCELLED} if bad == {JobState.CANCELLED} else {JobState.FAILED, JobState.CANCELLED})
                 self.move(row.id, end)
+        if alone:
+            [job] = [row.id for row in rows]
+            one = self.jobs[job]
+            others = {o.state for name, o in self.jobs.items() if name != job}
+            idle = clocked and not others & {JobState.QUEUED, JobState.DISPATCHED}
+            assert (sent is not None) == (idle and one.state == JobState.QUEUED and not self.is_held(one))
+            if sent:
+                assert sent.ids == (job,)
+                self.move(job, JobState.DISPATCHED)
+                one.dispatched_at = self.now
+                self.hints.append(sent.ids)
         if again:
             assert self.run(lifecycle.insert_jobs, rows) == 0
 

@@ -186,8 +186,54 @@ def _memory(bench: Bench) -> None:
         case.note(f"{rows / took:,.0f} rows a second, start of the process included.")
 
 
+_MANY = """
+import json, resource, sys
+import psutil
+from benchmarks.accept import words
+from contentfactory.jobs.spec import load_kinds
+from contentfactory.settings import load_settings
+from db import migrate
+from db.session import Database
+from producer.enqueue import Producer
+from producer.services import open_store
+
+settings = load_settings()
+load_kinds()
+database = Database(settings.database())
+migrate.upgrade(database)
+producer = Producer(settings, database, open_store(settings))
+rows, at_once = int(sys.argv[1]), int(sys.argv[2])
+after = []
+for start in range(0, rows, at_once):
+    producer.submit_many("text.echo", [{"text": words(n)} for n in range(start, min(rows, start + at_once))])
+    after.append(psutil.Process().memory_info().rss / 2**20)
+print(json.dumps({"after": after, "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10}))
+"""
+
+
+def _memory_many(bench: Bench) -> None:
+    if not bench.wants("accept.memory_many"):
+        return
+    rows, at_once = bench.pick((300, 100), (300_000, 100_000), (1_000_000, 100_000))
+    with bench.case("accept.memory_many", f"memory of a process that submits {rows:,} rows by submit_many (SQLite)", "MB", better="lower") as case:
+        folder = bench.folder / "memory-many"
+        folder.mkdir()
+        env = {k: v for k, v in os.environ.items() if not k.startswith("FACTORY_")}
+        env |= {"FACTORY_STATE_DIR": str(folder / "state"), "PYTHONPATH": str(ROOT)}
+        done = subprocess.run([sys.executable, "-c", _MANY, str(rows), str(at_once)], env=env, cwd=ROOT, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(done.stderr[-1500:])
+        told = json.loads(done.stdout)
+        case.add("after the first call", {"value": told["after"][0]})
+        case.add("after the last call", {"value": told["after"][-1]})
+        case.add("peak", {"value": told["peak"]})
+        case.check("peak", told["peak"], "<=", 300, "MB")
+        case.check("after the last call over after the first", told["after"][-1] / told["after"][0], "<=", 1.1, "×")
+
+
 def run(bench: Bench) -> None:
     for profile in ("production", "embedded"):
         for suffix in ("jsonl", "csv"):
             _compare(bench, profile, suffix)
     _memory(bench)
+    _memory_many(bench)

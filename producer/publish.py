@@ -120,13 +120,17 @@ class Publisher:
             yield Listener(pubsub, frozenset(job_ids)) if pubsub else None
         finally:
             if pubsub:
-                with suppress(RedisError, OSError):
-                    # Kept for the next who waits: to connect takes five round trips. Its answer is read then.
-                    if len(self._ears) < MAX_EARS:
-                        pubsub.unsubscribe(ENDED)
-                        self._ears.append(pubsub)
-                    else:
-                        pubsub.close()
+                self._rest(pubsub)
+
+    def _rest(self, pubsub: Any) -> None:
+        """Keep a connection for the next who waits: to connect takes five round trips. The broker's answer is read then."""
+        with suppress(RedisError, OSError):
+            if len(self._ears) < MAX_EARS:
+                pubsub.unsubscribe(ENDED)
+                self._ears.append(pubsub)
+                return
+        with suppress(RedisError, OSError):
+            pubsub.close()
 
     def _subscribed(self) -> Any:
         """A connection that hears of jobs that end, from here on without a gap; None where the broker does not answer."""

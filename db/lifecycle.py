@@ -282,7 +282,7 @@ _HAPPENED = insert(Event).values(at=now())
 
 
 def dispatch(conn: Connection, queue: str, *, cap_s: float, max_jobs: int = 4096, window: int = 256,
-             worker_seen_s: float = 60.0, top_up: bool = False) -> list[Hint]:  # fmt: skip
+             worker_seen_s: float = 60.0, top_up: bool = False, patient: bool = True) -> list[Hint]:  # fmt: skip
     """Turn queued rows into micro-batches and mark them ``dispatched``. Publish the hints after the commit.
 
     Highest priority first; inside a band the project with the least virtual time (compute seconds over weight) goes next.
@@ -297,14 +297,15 @@ def dispatch(conn: Connection, queue: str, *, cap_s: float, max_jobs: int = 4096
             micro-batch past both caps.
         window: Rows looked at per project.
         worker_seen_s: How fresh a worker's report must be for it to count.
-        top_up: Do nothing while more than half of what may be in flight is.
+        top_up: Do nothing while more than half of what may be in flight is, or while somebody else dispatches.
+        patient: Whether to wait for somebody else who dispatches from this queue; nothing is done otherwise.
 
     Returns:
         Micro-batches in the order in which to publish them.
     """
     if conn.dialect.name == "postgresql":
         # Dispatchers of one queue take turns; SQLite's write lock does the same.
-        lock = "pg_try_advisory_xact_lock" if top_up else "pg_advisory_xact_lock"
+        lock = "pg_advisory_xact_lock" if patient and not top_up else "pg_try_advisory_xact_lock"
         if conn.execute(statement_text(f"SELECT {lock}(hashtext(:name))"), {"name": f"dispatch:{queue}"}).scalar() is False:
             return []
     look = waiting.look(conn, queue, worker_seen_s)

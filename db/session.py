@@ -99,11 +99,12 @@ class Database:
                     "application_name": "contentfactory",
                 },
             )  # fmt: skip
-            event.listen(self.engine, "connect", _plan_for_large_tables)
+            event.listen(self.engine, "connect", _set_up)
             event.listen(self.engine, "checkin", _note_use)
             event.listen(self.engine, "checkout", _ping_if_idle)
         else:
             raise ConfigError(f"database_url names {backend!r}; allowed: sqlite, postgresql", param="database_url")
+        self._reader = self.engine if self.sqlite else self.engine.execution_options(isolation_level="AUTOCOMMIT")
 
     @contextmanager
     def write(self) -> Iterator[Connection]:
@@ -125,13 +126,19 @@ class Database:
             self._thread.writing = False
 
     @contextmanager
-    def read(self) -> Iterator[Connection]:
-        """A transaction that only reads.
+    def read(self, *, transaction: bool = False) -> Iterator[Connection]:
+        """A connection that only reads, for as long as its user likes.
+
+        On SQLite all that it reads is of one moment. On PostgreSQL each statement sees what was committed when it began, as it would
+        in a transaction of that database's usual kind, so there is none: it would cost two round trips, and end after `IDLE_TRANSACTION_S`.
+
+        Args:
+            transaction: Whether there has to be a transaction all the same: for settings that are to last as long as it, and for cursors.
 
         Raises:
             ServiceUnavailable: If the database cannot be reached.
         """
-        with _mapped(), self.engine.connect() as connection, connection.begin():
+        with _mapped(), (self.engine if transaction else self._reader).connect() as connection, connection.begin():
             yield connection
 
     def run(self, work: Callable[[Connection], T], tries: int = 5) -> T:
@@ -255,14 +262,19 @@ def _mapped() -> Iterator[None]:
         raise
 
 
-def _plan_for_large_tables(connection: Any, record: Any) -> None:
+def _set_up(connection: Any, record: Any) -> None:
     # A statement for a micro-batch is planned while its table is small, reads all of it, and keeps that plan while the table grows to
     # millions. Where there is no index a table is read as a whole all the same; the price that this puts on it must not start the JIT.
     connection.execute("SET enable_seqscan = off")
     connection.execute("SET jit = off")
+    # A process that is stopped in a transaction keeps its locks, and whoever wants them waits with it: the timer, say, in a dispatch, and
+    # then no lease is reaped. It loses the transaction instead, and does it again when it wakes.
+    connection.execute(f"SET idle_in_transaction_session_timeout = {IDLE_TRANSACTION_S * 1000:.0f}")
     connection.commit()
 
 
+IDLE_TRANSACTION_S = 5.0
+"""Longest pause between two statements of a transaction on PostgreSQL, seconds: ours take milliseconds."""
 IDLE_S = 1.0
 """A connection that rested longer is asked whether it still stands before it is used."""
 

@@ -35,13 +35,14 @@ class Dispatcher:
         self.publisher = publisher
         self.settings = settings
 
-    def dispatch(self, queues: Iterable[str] | None = None, *, top_up: bool = False) -> int:
+    def dispatch(self, queues: Iterable[str] | None = None, *, top_up: bool = False, patient: bool = True) -> int:
         """Dispatch what fits.
 
         Args:
             queues: Only these; every queue with queued jobs where left out.
             top_up: Leave queues alone in which more than half of what may be in flight still is: for callers that come
                 by often, each time after a little room was made.
+            patient: Whether to wait while somebody else dispatches from a queue; it is left alone otherwise.
 
         Returns:
             Number of jobs sent. A broker that is away is no error: the jobs stay queued.
@@ -53,7 +54,7 @@ class Dispatcher:
         for queue in queues:
             window = LOOK
             while True:
-                step = partial(lifecycle.dispatch, queue=queue, cap_s=self.settings.inflight_s, window=window, top_up=top_up)
+                step = partial(lifecycle.dispatch, queue=queue, cap_s=self.settings.inflight_s, window=window, top_up=top_up, patient=patient)
                 hints = self.database.run(step)
                 if not hints:
                     break

@@ -147,7 +147,7 @@ class Metrics:
             return
         begun = time.perf_counter()
         try:
-            with self._database.read() as conn:
+            with self._database.read(transaction=True) as conn:
                 self._present = measurements.present(conn)
             self._catch_up()
         except ServiceUnavailable as error:

@@ -59,7 +59,8 @@ class Timer:
             if state == BatchState.CANCELLING:
                 self.database.run(partial(lifecycle.cancel_batch, batch_id=batch_id))
             self.producer.expand(batch_id, seconds=self.settings.dispatch_period_s)
-        self.dispatcher.dispatch()
+        # Whoever holds the turn may have been stopped in it, and leases have to be looked at all the same.
+        self.dispatcher.dispatch(patient=False)
         self.database.run(_fold_and_close)
 
     def rescue(self) -> None:

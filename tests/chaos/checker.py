@@ -200,7 +200,7 @@ def check_large_store(database: Database, store: Any, n: int, rng: random.Random
     out: list[str] = []
     held = {o.key: o.size for o in store.list()}
     lost, sample = 0, []
-    with database.read() as conn:
+    with database.read(transaction=True) as conn:
         query = "SELECT a.object_key, a.size, j.custom_id FROM artifacts a JOIN jobs j ON j.id = a.job_id WHERE a.role = 'output'"
         rows = conn.execution_options(stream_results=True, yield_per=20_000).execute(text(query))
         for row in rows:

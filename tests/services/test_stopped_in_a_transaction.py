@@ -1,0 +1,113 @@
+"""A process that is stopped (SIGSTOP, a suspended machine) in a transaction: what it had locked comes free, and others do not wait for it."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from sqlalchemy import text, update
+
+import db.session
+from contentfactory.errors import ServiceUnavailable
+from contentfactory.settings import load_settings
+from db import lifecycle
+from db.models import Job
+from db.session import Database
+from producer.enqueue import Producer
+from producer.timer import Timer
+from storage.memory import MemoryStore
+
+pytestmark = pytest.mark.parametrize("database", ["postgresql"], indirect=True)
+
+HOLDER = """
+import sys, time
+from sqlalchemy import text
+from db import lifecycle
+from db.session import Database
+import db.session
+db.session.IDLE_TRANSACTION_S = 1.0
+with Database(sys.argv[1]).write() as conn:
+    lifecycle.dispatch(conn, "text", cap_s=10)
+    conn.execute(text("UPDATE jobs SET message = 'held' WHERE id = :id"), {"id": sys.argv[2]})
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def short(monkeypatch, database):
+    monkeypatch.setattr(db.session, "IDLE_TRANSACTION_S", 1.0)
+    opened = Database(database.engine.url.render_as_string(hide_password=False))
+    yield opened
+    opened.close()
+
+
+def test_what_a_stopped_process_had_locked_comes_free(database, make_jobs):
+    [job] = make_jobs(1)
+    url = database.engine.url.render_as_string(hide_password=False)
+    with subprocess.Popen([sys.executable, "-c", HOLDER, url, job], stdout=subprocess.PIPE, text=True) as holder:
+        try:
+            assert holder.stdout.readline().strip() == "held"
+            os.kill(holder.pid, signal.SIGSTOP)
+            begun = time.monotonic()
+            database.run(lambda conn: conn.execute(update(Job).where(Job.id == job).values(message="free")))
+            assert time.monotonic() - begun < 10
+            with database.read() as conn:
+                state, message = conn.execute(text("SELECT state, message FROM jobs WHERE id = :id"), {"id": job}).one()
+            assert (state, message) == ("queued", "free"), "its transaction never was"
+            assert [hint.ids for hint in database.run(lambda conn: lifecycle.dispatch(conn, "text", cap_s=10))] == [(job,)]
+        finally:
+            holder.kill()
+
+
+def test_who_wakes_does_it_again(short, make_jobs):
+    [job] = make_jobs(1)
+    tries = []
+
+    def work(conn):
+        tries.append(1)
+        conn.execute(update(Job).where(Job.id == job).values(message=f"try {len(tries)}"))
+        if len(tries) == 1:
+            time.sleep(1.6)
+        conn.execute(update(Job).where(Job.id == job).values(progress=0.5))
+
+    short.run(work)
+    with short.read() as conn:
+        assert conn.execute(text("SELECT message FROM jobs WHERE id = :id"), {"id": job}).scalar_one() == "try 2"
+    with pytest.raises(ServiceUnavailable), short.write() as conn:
+        conn.execute(text("SELECT 1"))
+        time.sleep(1.6)
+        conn.execute(text("SELECT 1"))
+
+
+def test_who_only_reads_may_take_its_time(short, make_jobs):
+    make_jobs(2)
+    with short.read() as conn:
+        assert conn.execute(text("SELECT count(*) FROM jobs")).scalar_one() == 2
+        time.sleep(1.6)
+        assert conn.execute(text("SELECT count(*) FROM jobs")).scalar_one() == 2
+
+
+def test_the_timer_does_not_wait_for_a_dispatcher(database, make_jobs, tmp_path):
+    """Leases are reaped while somebody else holds the turn to dispatch."""
+    make_jobs(1)
+    settings = load_settings(state_dir=tmp_path / "state")
+
+    class Silent:
+        def send(self, hints):
+            return []
+
+        def oldest(self, queue):
+            return 0.0
+
+    timer = Timer(settings, database, Silent(), Producer(settings, database, MemoryStore(), Silent()))
+    with database.write() as holder:
+        lifecycle.dispatch(holder, "text", cap_s=10)
+        begun = time.monotonic()
+        with ThreadPoolExecutor(1) as pool:  # one thread has one transaction at a time
+            pool.submit(timer.tick).result(3)
+            pool.submit(timer.rescue).result(3)
+        assert time.monotonic() - begun < 3

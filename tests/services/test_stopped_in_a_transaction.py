@@ -63,6 +63,13 @@ def test_what_a_stopped_process_had_locked_comes_free(database, make_jobs):
             holder.kill()
 
 
+def _idle_in(database):
+    with database.write() as conn:
+        conn.execute(text("SELECT 1"))
+        time.sleep(1.6)
+        conn.execute(text("SELECT 1"))
+
+
 def test_who_wakes_does_it_again(short, make_jobs):
     [job] = make_jobs(1)
     tries = []
@@ -77,10 +84,8 @@ def test_who_wakes_does_it_again(short, make_jobs):
     short.run(work)
     with short.read() as conn:
         assert conn.execute(text("SELECT message FROM jobs WHERE id = :id"), {"id": job}).scalar_one() == "try 2"
-    with pytest.raises(ServiceUnavailable), short.write() as conn:
-        conn.execute(text("SELECT 1"))
-        time.sleep(1.6)
-        conn.execute(text("SELECT 1"))
+    with pytest.raises(ServiceUnavailable):
+        _idle_in(short)
 
 
 def test_who_only_reads_may_take_its_time(short, make_jobs):

@@ -13,7 +13,7 @@ def fill(factory: Factory, rows: int, batch_rows: int = 20_000) -> str:
     from contentfactory.ids import new_id
     from contentfactory.jobs.spec import get_kind
     from db import batches, lifecycle
-    from producer.enqueue import job_id_for
+    from producer.job_ids import job_id_for
 
     project = factory.producer(publish=False).project_id()
     batch_id = new_id("batch")

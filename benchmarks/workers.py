@@ -2,10 +2,12 @@
 
 import json
 import time
+from functools import partial
 from typing import Any
 
 from sqlalchemy import text
 
+from benchmarks.accept import words
 from benchmarks.harness import Bench
 
 
@@ -45,10 +47,8 @@ def rate(bench: Bench, profile: str, workers: int, kind: str, queue: str, rows: 
 
 
 def run(bench: Bench) -> None:
-    from benchmarks.accept import words
-
-    # The first computes for a quarter of a second a job; the second for 3 ms, of which a third goes into writing the result down: with that
-    # one worker already fills more than one core.
+    # The first computes for a third of a second a job; the second for 3 ms, and writes a file for each: with that one worker already fills
+    # more than one core.
     cases = {
         "workers.cpu": (
             "text.generate", bench.pick(4, 128, 256), bench.pick(2, 32, 64), 1.8,
@@ -62,10 +62,10 @@ def run(bench: Bench) -> None:
         with bench.case(name, f"two workers beside one on {kind}, two cores", "jobs/s") as case:
             rows, warm = [params(n) for n in range(count)], [params(n) for n in range(10**6, 10**6 + first)]
 
-            def both(workers: int, kind: str = kind, rows: Any = rows, warm: Any = warm) -> dict[str, float]:
+            def measured(workers: int, kind: str = kind, rows: Any = rows, warm: Any = warm) -> dict[str, float]:
                 return {"value": rate(bench, "production", workers, kind, "text", rows, warm)}
 
-            case.measure({"ours, one worker": lambda both=both: both(1), "ours, two workers": lambda both=both: both(2)})
+            case.measure({"ours, one worker": partial(measured, 1), "ours, two workers": partial(measured, 2)})
             case.ratio("ours, two workers", "ours, one worker", target=target, name="two workers ÷ one")
     if bench.wants("workers.waiting"):
         workers, pause = bench.pick(2, 10, 10), bench.pick(0.05, 0.5, 0.5)

@@ -303,11 +303,8 @@ def dispatch(conn: Connection, queue: str, *, cap_s: float, max_jobs: int = 4096
     Returns:
         Micro-batches in the order in which to publish them.
     """
-    if conn.dialect.name == "postgresql":
-        # Dispatchers of one queue take turns; SQLite's write lock does the same.
-        lock = "pg_advisory_xact_lock" if patient and not top_up else "pg_try_advisory_xact_lock"
-        if conn.execute(statement_text(f"SELECT {lock}(hashtext(:name))"), {"name": f"dispatch:{queue}"}).scalar() is False:
-            return []
+    if not _turn(conn, queue, patient=patient and not top_up):
+        return []
     look = waiting.look(conn, queue, worker_seen_s)
     if look.paused:
         return []
@@ -394,7 +391,7 @@ def dispatch_alone(conn: Connection, job: NewJob) -> Hint | None:
     Returns:
         The hint to publish after the commit; None where the job still waits.
     """
-    if conn.dialect.name == "postgresql" and not conn.execute(_TURN_OR_NOT, {"name": f"dispatch:{job.queue}"}).scalar():
+    if not _turn(conn, job.queue, patient=False):
         return None
     idle = waiting.idle(conn, job.queue, job.project_id, job.id)
     if idle is None:
@@ -410,7 +407,15 @@ def dispatch_alone(conn: Connection, job: NewJob) -> Hint | None:
     return Hint(job.kind, job.queue, job.priority, (job.id,), at)
 
 
-_TURN_OR_NOT = statement_text("SELECT pg_try_advisory_xact_lock(hashtext(:name))")
+def _turn(conn: Connection, queue: str, *, patient: bool) -> bool:
+    """Take the turn to dispatch from a queue until the transaction ends; false where somebody else has it and is not waited for.
+
+    SQLite's write lock does the same.
+    """
+    if conn.dialect.name != "postgresql":
+        return True
+    lock = "pg_advisory_xact_lock" if patient else "pg_try_advisory_xact_lock"
+    return conn.execute(statement_text(f"SELECT {lock}(hashtext(:name))"), {"name": f"dispatch:{queue}"}).scalar() is not False
 
 
 @cache

@@ -4,7 +4,6 @@ import gzip
 import hashlib
 import os
 import random
-import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,12 +21,13 @@ from contentfactory.jobs.spec import Params, canonical, get_kind, iter_inputs, i
 from contentfactory.settings import Settings
 from contentfactory.states import TERMINAL, UNWELL, BatchState, JobState, Priority
 from db import batches, jobs, lifecycle, projects, registry
-from db.session import Database
+from db.session import Database, take_time
 from producer import manifest as manifests
 from producer.dispatch import Dispatcher
+from producer.job_ids import form_of, job_id_for, job_ids
 from producer.models import ModelPins
 from producer.publish import Publisher
-from producer.spool import KEY, NUMBERED, SPOOL_FORMAT, Spool, as_dict, estimate, number_of, record_number
+from producer.spool import KEY, SPOOL_FORMAT, Spool, as_dict, estimate, number_of, record_number
 from storage.base import ObjectStore
 from storage.keys import input_key, media_type_for
 
@@ -35,50 +35,9 @@ log = structlog.get_logger(__name__)
 
 EXPAND_ROWS = 4000
 """Rows in one transaction of the expander."""
-_NO_DIGITS = re.compile(r"[^0-9]+")
 _PLAIN = frozenset({str, int, float, bool, type(None)})
 MAX_MANY = 100_000
 """Most jobs in one call of `Producer.submit_many`; what is larger goes in as a manifest, which streams."""
-
-
-def job_id_for(batch_id: str, custom_id: str, form: int = SPOOL_FORMAT) -> str:
-    """The id of a batch's job: a function of both, so that a repeated chunk writes nothing twice and a dependency may point
-    to a line that is not there yet. Its first half is the batch's own time stamp, so ids still sort by age.
-
-    Args:
-        batch_id: Batch.
-        custom_id: The line's name.
-        form: The batch's `form_of`.
-    """
-    return job_ids(batch_id, form)(custom_id)
-
-
-def job_ids(batch_id: str, form: int = SPOOL_FORMAT) -> Callable[[str], str]:
-    """`job_id_for` for many jobs of one batch.
-
-    Names of most batches are numbered, and lines come in that order. The number goes before the digest: neighbours by line are
-    neighbours in every index then, and a micro-batch touches a few of its pages instead of one for each job.
-    """
-    begun = hashlib.sha256(f"{batch_id}\x1f".encode())
-    stamp = batch_id.partition("_")[2][:12]
-
-    def numbered(custom_id: str) -> str:
-        digest = begun.copy()
-        digest.update(custom_id.encode())
-        number = int(_NO_DIGITS.sub("", custom_id)[-12:] or 0) & 0xFFFFF
-        return f"job_{stamp}{number:05x}{digest.hexdigest()[:15]}"
-
-    def plain(custom_id: str) -> str:
-        digest = begun.copy()
-        digest.update(custom_id.encode())
-        return f"job_{stamp}{digest.hexdigest()[:20]}"
-
-    return numbered if form >= NUMBERED else plain
-
-
-def form_of(batch: Mapping[str, Any]) -> int:
-    """Form of a batch's spool and of its jobs' ids."""
-    return int(batch["source"].get("format", 1))
 
 
 class Producer:
@@ -686,6 +645,7 @@ class Producer:
                 raise Conflict(f"batch {batch_id} is {batch['state']}; wait for it or cancel it first", code="batch_not_finished")
             if batches.get(conn, project_id, new_batch) is not None:
                 return new_batch  # an earlier try was committed and its answer lost
+            take_time(conn)
             made = _replay(conn, list(jobs.of_batch(conn, batch_id, RETRYABLE)), new_batch)
             if not made:
                 return None
@@ -718,6 +678,7 @@ class Producer:
         project_id = self.project_id(project)
 
         def work(conn: Any) -> list[str]:
+            take_time(conn)
             rows: dict[str, Any] = {}
             for job_id in dict.fromkeys(job_ids):
                 row = jobs.get(conn, project_id, job_id)

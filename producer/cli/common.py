@@ -95,7 +95,7 @@ class Factory:
             NotFound: If there is none.
         """
         from db import jobs
-        from producer.enqueue import form_of, job_id_for
+        from producer.job_ids import form_of, job_id_for
 
         batch, colon, custom_id = job_id.partition(":")
         if colon:

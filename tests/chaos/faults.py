@@ -640,7 +640,7 @@ def disk(scene: Scene, jobs: int, report: Report) -> None:
 
 @fault("12", "corrupt, truncated, empty, wrong-type and bomb inputs", jobs=3000)
 def inputs(scene: Scene, jobs: int, report: Report) -> None:
-    from producer.enqueue import job_id_for
+    from producer.job_ids import job_id_for
 
     scene.start(2, 1, queues="image")
     scene.wait_workers(2)
@@ -805,7 +805,7 @@ def clocks(scene: Scene, jobs: int, report: Report) -> None:
 
 @fault("10", "poison jobs inside groups of 32; out of memory", jobs=2000)
 def poison(scene: Scene, jobs: int, report: Report) -> None:
-    from producer.enqueue import job_id_for
+    from producer.job_ids import job_id_for
 
     # One worker: the last jobs of a queue are spread over all that serve it.
     scene.start(1, 1)
@@ -851,7 +851,7 @@ def poison(scene: Scene, jobs: int, report: Report) -> None:
 
 @fault("13", "a model hangs while its heart beats on")
 def hangs(scene: Scene, jobs: int, report: Report) -> None:
-    from producer.enqueue import job_id_for
+    from producer.job_ids import job_id_for
 
     scene.start(3, 1)
     scene.wait_workers(3)

@@ -387,7 +387,7 @@ class Scene:
         batch_id, _ = self.producer.create_batch(manifests.open_manifest(path), priority=0, resume=False)
         if expand:
             self.producer.expand(batch_id)
-        from producer.enqueue import job_id_for
+        from producer.job_ids import job_id_for
 
         self.accepted.update({job_id_for(batch_id, name): value for name, value in expected.items()})
         self.batches.append(batch_id)

@@ -11,7 +11,8 @@ from contentfactory.settings import load_settings
 from db.models import Batch, Dependency, Job
 from producer import manifest as manifests
 from producer.cli.common import Factory
-from producer.enqueue import Producer, job_id_for
+from producer.enqueue import Producer
+from producer.job_ids import job_id_for
 from producer.spool import NUMBERED, SPOOL_FORMAT
 from storage.memory import MemoryStore
 

@@ -10,7 +10,7 @@ from contentfactory.jobs.spec import get_kind
 from contentfactory.states import JobState
 from db import batches, jobs, lifecycle
 from db.models import Job
-from producer.enqueue import job_id_for
+from producer.job_ids import job_id_for
 
 COUNT = 2000
 STATES = {0: "succeeded", 1: "succeeded", 2: "succeeded", 3: "failed", 4: "dead", 5: "cancelled", 6: "running", 7: "dispatched", 8: "blocked"}

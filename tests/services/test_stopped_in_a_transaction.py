@@ -11,11 +11,13 @@ import pytest
 from sqlalchemy import text, update
 
 import db.session
+import producer.enqueue
 from contentfactory.errors import ServiceUnavailable
 from contentfactory.settings import load_settings
 from db import lifecycle
-from db.models import Job
+from db.models import Batch, Job
 from db.session import Database
+from producer import manifest as manifests
 from producer.enqueue import Producer
 from producer.timer import Timer
 from storage.memory import MemoryStore
@@ -28,6 +30,7 @@ from sqlalchemy import text
 from db import lifecycle
 from db.session import Database
 import db.session
+import producer.enqueue
 db.session.IDLE_TRANSACTION_S = 1.0
 with Database(sys.argv[1]).write() as conn:
     lifecycle.dispatch(conn, "text", cap_s=10)
@@ -86,6 +89,30 @@ def test_who_wakes_does_it_again(short, make_jobs):
         assert conn.execute(text("SELECT message FROM jobs WHERE id = :id"), {"id": job}).scalar_one() == "try 2"
     with pytest.raises(ServiceUnavailable):
         _idle_in(short)
+
+
+@pytest.mark.parametrize("what", ["a batch", "jobs"])
+def test_a_retry_of_many_jobs_may_compute_for_long(short, make_jobs, tmp_path, monkeypatch, what):
+    """Between its statements it goes through all the jobs, and there may be hundreds of thousands."""
+    made = Producer(load_settings(state_dir=tmp_path / "state"), short, MemoryStore())
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"custom_id":"a-1","kind":"text.echo","params":{"text":"x"}}\n')
+    batch, _ = made.create_batch(manifests.open_manifest(path))
+    made.expand(batch)
+    with short.write() as conn:
+        conn.execute(update(Job).values(state="failed"))
+        conn.execute(update(Batch).values(finished_at=1.0, state="finished"))
+        [job] = conn.execute(text("SELECT id FROM jobs")).scalars()
+    slow, calls = producer.enqueue._rename_refs, []
+
+    def takes_long(*args):
+        calls.append(1)
+        time.sleep(1.6)
+        return slow(*args)
+
+    monkeypatch.setattr(producer.enqueue, "_rename_refs", takes_long)
+    assert made.retry_failed(batch) if what == "a batch" else made.retry_jobs([job])
+    assert calls == [1]
 
 
 def test_who_only_reads_may_take_its_time(short, make_jobs):

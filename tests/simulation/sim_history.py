@@ -657,16 +657,16 @@ class Checker:
                 self.fail("I9", f"{job['id']} is poison and died after {strikes} strikes")
 
     def stood_still(self, attempts: list[dict[str, Any]]) -> bool:
-        """Whether a deadline ended the job's last attempt, and its worker stood still (by itself, its keeper went on) in each that one ended.
+        """Whether the job used up its deadlines, and in each attempt that one ended its worker stood still until its keeper gave up.
 
-        To the keeper a process that is stopped looks like a runner that hangs. Twice in one job is bad luck, but within what was promised.
+        To the keeper a process that is stopped looks like a runner that hangs. That again and again in one job is bad luck, but as promised.
         """
         ended = [a for a in attempts if a["outcome"] == "deadline"]
         for attempt in ended:
             process = self.stage.facts.get(("executor", attempt["worker"]))
-            if process is None or not any(a < attempt["finished_at"] and b > attempt["started_at"] for a, b in process.bad):
+            if process is None or not any(a < attempt["finished_at"] <= b and b > attempt["started_at"] for a, b in process.still):
                 return False
-        return bool(ended) and attempts[-1]["outcome"] == "deadline"
+        return len(ended) > POLICY.deadline and attempts[-1]["outcome"] == "deadline"
 
     def justified(self, job: dict[str, Any], attempts: list[dict[str, Any]]) -> None:
         """A strike needs a worker that died, froze or was cut off."""

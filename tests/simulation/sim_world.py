@@ -50,6 +50,8 @@ class Process:
         self.tasks: list[Task] = []
         self.bad: list[tuple[float, float]] = []
         """Spans in which it could not do its work: frozen or cut off."""
+        self.still: list[tuple[float, float]] = []
+        """Those of them in which it was frozen."""
         self.on_death: list[Callable[[], None]] = []
 
     @property
@@ -76,6 +78,7 @@ class Process:
             self.world.note("frozen", self.name, round(seconds, 2))
             self.frozen_until = max(self.frozen_until, self.world.now + seconds)
             self.bad.append((self.world.now, self.frozen_until))
+            self.still.append((self.world.now, self.frozen_until))
 
     def cut(self, seconds: float) -> None:
         """Cut it off from the database for so long."""

@@ -414,11 +414,11 @@ class Factory:
         return {"workers": cpu_seconds(self.workers()), "factory": whole, "servers": servers}
 
     def wait_idle(self, timeout: float = 300) -> None:
-        """Wait until no job is queued, dispatched or running: three looks into small indices."""
+        """Wait until no job is queued, dispatched or running: two looks into small indices."""
         from sqlalchemy import text
 
         end = time.monotonic() + timeout
-        states = " UNION ALL ".join(f"SELECT * FROM (SELECT 1 FROM jobs WHERE state = '{s}' LIMIT 1) a{n}" for n, s in enumerate(("queued", "dispatched", "running")))
+        states = " UNION ALL ".join(f"SELECT * FROM (SELECT 1 FROM jobs WHERE place = '{s}' LIMIT 1) a{n}" for n, s in enumerate(("queued", "flying")))
         while True:
             with self.database.read() as conn:
                 if conn.execute(text(states)).first() is None:

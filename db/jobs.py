@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import Any
 
-from sqlalchemy import Connection, RowMapping, bindparam, literal_column, null, or_, select
+from sqlalchemy import Connection, RowMapping, bindparam, null, or_, select
 
 from contentfactory.states import UNWELL, JobState
 from db.models import Artifact, Attempt, Dependency, Event, Job
@@ -206,5 +206,5 @@ def succeeded_with(conn: Connection, project_id: str, keys: Sequence[str]) -> di
 
 @cache
 def _with_result(dialect: str) -> Any:
-    wanted = among_given(dialect, Job.result_key, "p_keys"), Job.state == literal_column(f"'{JobState.SUCCEEDED}'")
+    wanted = among_given(dialect, Job.result_key, "p_keys"), has_state(JobState.SUCCEEDED)
     return select(Job.result_key, Job.id).where(*wanted, Job.project_id == bindparam("p_project"))

@@ -16,8 +16,10 @@ from sqlalchemy import (
     ColumnElement,
     Connection,
     Double,
+    String,
     and_,
     bindparam,
+    cast,
     delete,
     func,
     insert,
@@ -26,6 +28,7 @@ from sqlalchemy import (
     select,
     update,
 )
+from sqlalchemy.dialects.postgresql import ARRAY
 
 from contentfactory.errors import DependencyFailed, TransientError
 from contentfactory.ids import new_id
@@ -281,7 +284,7 @@ _HAPPENED = insert(Event).values(at=now())
 # --- dispatch -------------------------------------------------------------------------------------------------------
 
 
-def dispatch(conn: Connection, queue: str, *, cap_s: float, max_jobs: int = 4096, window: int = 256,
+def dispatch(conn: Connection, queue: str, *, cap_s: float, max_jobs: int = 4096, window: int = 512,
              worker_seen_s: float = 60.0, top_up: bool = False, patient: bool = True) -> list[Hint]:  # fmt: skip
     """Turn queued rows into micro-batches and mark them ``dispatched``. Publish the hints after the commit.
 
@@ -642,47 +645,59 @@ def finish(conn: Connection, results: Sequence[Success], worker: str | None = No
     owners: dict[str, str | None] = {}
     if worker is None:
         owners = {row.id: row.lease_owner for row in conn.execute(_owners(dialect), {"p_ids": packed(dialect, [r.job_id for r in results])})}
-    for attempt, ids in _by_attempt((r.job_id, r.attempt) for r in results).items():
-        fence = {"p_ids": packed(dialect, ids), "p_attempt": attempt}
-        hit = {row.id: row for row in conn.execute(_succeeded(dialect), fence).all()}
+    by_attempt: dict[int, list[Success]] = defaultdict(list)
+    for result in results:
+        by_attempt[result.attempt].append(result)
+    for attempt, some in by_attempt.items():
+        fence = {"p_ids": packed(dialect, [r.job_id for r in some]), "p_attempt": attempt}
+        keyed = any(r.result_key or r.reused_from for r in some)
+        kept = _keys(dialect, some) if keyed else {}
+        hit = {row[0]: row for row in conn.execute(_succeeded(dialect, keyed), {**fence, **kept}).all()}
         done.update(hit)
-        if len(hit) < len(ids):
+        if len(hit) < len(some):
             for job_id in conn.execute(_asked_to_stop(dialect), fence).scalars().all():
                 stop(conn, Stop(job_id, attempt, {"type": "cancelled", "code": "cancelled", "message": "cancelled while it ran"}))
     if not done:
         return []
     at = max(row.finished_at for row in done.values())
     published = [r for r in results if (row := done.get(r.job_id)) is not None and row.attempt == r.attempt]
-    refuse_doomed(conn, {a.object_key for r in published for a in r.artifacts}, list(done))
+    _refuse_marked(conn, {a.object_key for r in published for a in r.artifacts}, list(done))
     _refuse_gone(conn, {a.object_key for r in published if r.reused_from for a in r.artifacts})
     artifacts: list[tuple[Any, ...]] = []
-    for result in published:
-        row = done[result.job_id]
-        rows = [_artifact_row(new_id("art"), n, a, row, at) for n, a in enumerate(result.artifacts)]
-        artifacts += rows
-        if result.models:
-            by_name = {values[6]: dict(zip(_ARTIFACT, values, strict=True)) for values in rows}
-            for model in result.models:
-                insert_model(conn, _model_row(model, row, by_name, at))
-    insert_rows(conn, Artifact, _ARTIFACT, artifacts)
-    keyed = [r for r in published if r.result_key or r.reused_from]
-    if keyed:
-        conn.execute(_KEYED, [{"p_job": r.job_id, "p_key": r.result_key, "p_source": r.reused_from} for r in keyed])
+    attempts: list[tuple[Any, ...]] = []
     told: dict[int, str | None] = {id(r.phases): dumps(dict(r.phases)) if r.phases else None for r in published}
-    attempts = []
     for r in published:
         row = done[r.job_id]
+        rows = [_artifact_row(new_id("art"), n, a, row, at) for n, a in enumerate(r.artifacts)]
+        artifacts += rows
+        if r.models:
+            by_name = {values[6]: dict(zip(_ARTIFACT, values, strict=True)) for values in rows}
+            for model in r.models:
+                insert_model(conn, _model_row(model, row, by_name, at))
         ran = worker or owners.get(r.job_id) or ""
         attempts.append((r.job_id, r.attempt, ran, row.group_size, row.started_at, row.finished_at, "succeeded", None, told[id(r.phases)]))
+    insert_rows(conn, Artifact, _ARTIFACT, artifacts)
     insert_rows(conn, Attempt, _ATTEMPT, attempts)
-    _ended(conn, list(done.values()), JobState.SUCCEEDED, at, reused={r.job_id for r in keyed if r.reused_from})
+    _ended(conn, list(done.values()), JobState.SUCCEEDED, at, reused={r.job_id for r in published if r.reused_from})
     _unblock(conn, list(done))
     return list(done)
 
 
+_NONE = "-"
+"""Stands for a key that a job does not have: an array's text is plain as long as no value is empty."""
+
+
+def _keys(dialect: str, results: Sequence[Success]) -> dict[str, str]:
+    """What `_succeeded` with ``keyed`` takes beyond the fence: in the order of the ids, or with them."""
+    if dialect == "postgresql":
+        keys, sources = ([value or _NONE for value in values] for values in zip(*((r.result_key, r.reused_from) for r in results), strict=True))
+        return {"p_keys": packed(dialect, keys), "p_sources": packed(dialect, sources)}
+    return {"p_keyed": dumps([[r.job_id, r.result_key or _NONE, r.reused_from or _NONE] for r in results])}
+
+
 @cache
-def _succeeded(dialect: str) -> Any:
-    values = {
+def _succeeded(dialect: str, keyed: bool) -> Any:
+    values: dict[str, Any] = {
         "state": JobState.SUCCEEDED, "finished_at": now(), "progress": 1.0, "message": None, "error": null(), "lease_owner": None,
         "lease_until": None,
     }  # fmt: skip
@@ -690,7 +705,26 @@ def _succeeded(dialect: str) -> Any:
         Job.c.id, Job.c.attempt, Job.c.project_id, Job.c.batch_id, Job.c.kind, Job.c.seed, Job.c.model, Job.c.group_size, Job.c.started_at,
         Job.c.finished_at,
     )  # fmt: skip
-    return update(Job).where(*_fence(dialect), ~Job.c.cancel_requested).values(values).returning(*columns)
+    wanted = [*_fence(dialect), ~Job.c.cancel_requested]
+    if dialect == "postgresql":
+        # What `refuse_doomed` takes, without a round trip of its own.
+        wanted.append(statement_text(f"(SELECT CAST({_NO_SWEEP} AS text)) IS NOT NULL"))
+    if keyed:
+        given = _given_keys(dialect)
+        wanted[0] = Job.c.id == given.c.id
+        values |= {"result_key": func.nullif(given.c.key, _NONE), "reused_from": func.nullif(given.c.source, _NONE)}
+    return update(Job).where(*wanted).values(values).returning(*columns)
+
+
+def _given_keys(dialect: str) -> Any:
+    """Rows of ``id``, ``key`` and ``source`` out of the parameters that `_keys` makes."""
+    names = ("id", "key", "source")
+    if dialect == "postgresql":
+        arrays = ("p_ids", "p_keys", "p_sources")
+        columns = [func.unnest(cast(bindparam(p, type_=String), ARRAY(String))).label(n) for n, p in zip(names, arrays, strict=True)]
+        return select(*columns).subquery("given")
+    row = func.json_each(bindparam("p_keyed", type_=String)).table_valued("value").c.value
+    return select(*(func.json_extract(row, f"$[{n}]").label(name) for n, name in enumerate(names))).subquery("given")
 
 
 @cache
@@ -707,7 +741,6 @@ def _asked_to_stop(dialect: str) -> Any:
     return select(Job.c.id).where(*_fence(dialect), Job.c.cancel_requested)
 
 
-_KEYED = update(Job).where(Job.c.id == bindparam("p_job")).values(result_key=bindparam("p_key"), reused_from=bindparam("p_source"))
 _ARTIFACT = (
     "id", "project_id", "job_id", "attempt", "position", "role", "name", "object_key", "sha256", "size", "media_type", "meta", "seed",
     "model", "parents", "created_at",
@@ -764,9 +797,21 @@ def refuse_doomed(conn: Connection, keys: Collection[str], jobs: Sequence[str] =
     """
     if not keys:
         return
+    if conn.dialect.name == "postgresql":
+        conn.execute(statement_text(f"SELECT {_NO_SWEEP}"))
+    _refuse_marked(conn, keys, jobs)
+
+
+_NO_SWEEP = "pg_advisory_xact_lock_shared(hashtext('factory:sweep'))"
+"""Keeps objects from being marked until the transaction ends. Marks are to be looked for in a later statement: one sees what was there when
+it began."""
+
+
+def _refuse_marked(conn: Connection, keys: Collection[str], jobs: Sequence[str]) -> None:
+    """`refuse_doomed` for a transaction that has the lock."""
+    if not keys:
+        return
     dialect = conn.dialect.name
-    if dialect == "postgresql":
-        conn.execute(statement_text("SELECT pg_advisory_xact_lock_shared(hashtext('factory:sweep'))"))
     newest = conn.execute(_newest_mark(dialect), {"p_keys": packed(dialect, keys)}).one_or_none()
     if newest is None:
         return
@@ -936,17 +981,21 @@ def _stopped(terminal: bool) -> Any:
 
 def _ended(conn: Connection, rows: Sequence[Any], state: JobState, at: float, *, error: Mapping[str, Any] | None = None,
            reused: set[str] | None = None) -> None:  # fmt: skip
-    """Counters and events of jobs that have just become terminal, at that time of the database's."""
+    """Counters and events of jobs that have just become terminal, at that time of the database's.
+
+    Jobs that end together have one event: those of a batch, and where they succeed those of a project that belong to none.
+    """
     deltas = Counter((row.batch_id, row.kind, str(state)) for row in rows if row.batch_id)
     for row in rows:
         if reused and row.batch_id and row.id in reused:
             deltas[(row.batch_id, row.kind, "reused")] += 1
     _add_deltas(conn, deltas)
     events: list[tuple[Any, ...]] = []
-    grouped: dict[tuple[str, str], list[str]] = defaultdict(list)
+    grouped: dict[tuple[str, str | None], list[str]] = defaultdict(list)
+    together = state == JobState.SUCCEEDED and len(rows) > 1
     alone = dumps({"state": str(state), **({"error": dict(error)} if error else {})})
     for row in rows:
-        if row.batch_id and error is None:
+        if error is None and (row.batch_id or together):
             grouped[(row.project_id, row.batch_id)].append(row.id)
         else:
             events.append((at, f"job.{state}", row.project_id, row.batch_id, row.id, alone))

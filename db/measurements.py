@@ -53,22 +53,22 @@ class Present:
     reaper_age: float | None = None
 
 
-# The states stand in the text, not in parameters: only so can the planner use the partial index of each.
+# The places stand in the text, not in parameters: only so can the planner use the partial index of each.
 _ACTIVE = """
     SELECT 'queued' AS state, queue, kind, count(*) AS n, sum(seconds) AS seconds, 0 AS overdue, min(CASE
         WHEN batch_id IN (SELECT id FROM batches WHERE finished_at IS NULL AND paused)
             OR project_id IN (SELECT id FROM projects WHERE paused) THEN NULL
         WHEN run_after > created_at THEN run_after ELSE created_at END) AS since
-    FROM jobs WHERE state = 'queued' GROUP BY queue, kind
+    FROM jobs WHERE place = 'queued' GROUP BY queue, kind
     UNION ALL
     SELECT 'dispatched', queue, kind, count(*), sum(seconds), 0, min(CASE
         WHEN batch_id IN (SELECT id FROM batches WHERE finished_at IS NULL AND paused)
             OR project_id IN (SELECT id FROM projects WHERE paused) THEN NULL
         WHEN run_after > created_at THEN run_after ELSE created_at END)
-    FROM jobs WHERE state = 'dispatched' GROUP BY queue, kind
+    FROM jobs WHERE place = 'flying' AND state = 'dispatched' GROUP BY queue, kind
     UNION ALL
     SELECT 'running', queue, kind, count(*), sum(seconds), sum(CASE WHEN lease_until < :at THEN 1 ELSE 0 END), NULL
-    FROM jobs WHERE state = 'running' GROUP BY queue, kind
+    FROM jobs WHERE place = 'flying' AND state = 'running' GROUP BY queue, kind
 """
 
 _OPEN_JOBS = """

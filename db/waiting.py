@@ -31,9 +31,9 @@ def _skipping(column: str, among: str, order: str, but: str = "") -> Any:
     )
 
 
-_QUEUES = _skipping("queue", "state = 'queued'", "queue")
+_QUEUES = _skipping("queue", "place = 'queued'", "queue")
 _PROJECTS = _skipping(
-    "project_id", "state = 'queued' AND queue = :queue", "queue, project_id",
+    "project_id", "place = 'queued' AND queue = :queue", "queue, project_id",
     "AND NOT EXISTS (SELECT 1 FROM projects WHERE projects.id = found.value AND projects.paused)",
 )  # fmt: skip
 """Projects that have queued jobs on a queue, without those that are paused."""
@@ -52,12 +52,15 @@ _QUEUED = (
     .limit(bindparam("p_most"))
 )  # fmt: skip
 """A project's waiting jobs in their order."""
+_IN_BROKER = (
+    select(func.coalesce(func.sum(Job.c.seconds), 0.0).label("seconds"), func.count().label("jobs"))
+    .where(Job.c.queue == bindparam("queue"), has_state(JobState.DISPATCHED))
+    .subquery("in_broker")
+)
 _LOOK = select(
     now().label("at"),
     select(Queue.c.paused).where(Queue.c.name == bindparam("queue")).scalar_subquery().label("paused"),
-    select(func.coalesce(func.sum(Job.c.seconds), 0.0)).where(Job.c.queue == bindparam("queue"), has_state(JobState.DISPATCHED))
-    .scalar_subquery().label("seconds"),
-    select(func.count()).where(Job.c.queue == bindparam("queue"), has_state(JobState.DISPATCHED)).scalar_subquery().label("jobs"),
+    _IN_BROKER.c.seconds, _IN_BROKER.c.jobs,
     select(func.count()).where(Worker.c.seen_at > now() - bindparam("seen_s"), cast(Worker.c.queues, String).like(bindparam("serves")))
     .scalar_subquery().label("workers"),
     select(Mark.c.value).where(Mark.c.name == bindparam("clock")).scalar_subquery().label("clock"),

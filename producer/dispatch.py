@@ -14,7 +14,7 @@ from producer.publish import Publisher
 
 log = structlog.get_logger(__name__)
 
-LOOK, LOOK_MOST = 256, 4096
+LOOK, LOOK_MOST = 512, 4096
 """Queued rows of a project that are looked at in one go: at first, and at most."""
 
 TOP_UP = 1024

@@ -59,6 +59,8 @@ COMMIT_PATIENCE_S = 900.0
 """How long finished work waits for a ledger that is away, seconds; a worker that is told to stop waits no longer."""
 INSTANT_BYTES = 65_536
 """Outputs up to this size are looked up among those that were just stored before they are put."""
+LOOK_REST_S = 0.15
+"""Micro-batches that take less than this share looks at what the broker lacks: far less than it takes to work off half of what it may hold."""
 PENDING_GROUPS = 2
 """Micro-batches that may be encoded, uploaded and committed while the next one computes."""
 
@@ -146,6 +148,7 @@ class Executor:
         self._slots = threading.BoundedSemaphore(PENDING_GROUPS)
         self._drain = drain_file(settings)
         self._drain_seen = 0.0
+        self._looked_at = -1e9
         self._draining = False
         self._models: dict[str, ResolvedModel] = {}
         self._flying: set[str] = set()
@@ -569,6 +572,18 @@ class Executor:
             self._flying.difference_update(i for i, _ in keys)
             self._slots.release()
             self._clear(scratch)
+        self._top_up(started)
+
+    def _top_up(self, started: float) -> None:
+        """Dispatch for the room that a commit made.
+
+        Args:
+            started: When the micro-batch began that was committed: where they follow upon each other quickly, one look serves several.
+        """
+        at = time.monotonic()
+        if self._flying and at - min(started, self._looked_at) < LOOK_REST_S:
+            return
+        self._looked_at = at
         try:
             self.dispatcher.dispatch(top_up=True)
         except ServiceUnavailable:

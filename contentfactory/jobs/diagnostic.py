@@ -7,7 +7,7 @@ from pydantic import Field
 from contentfactory.jobs.spec import Params, Text, kind
 
 
-@kind("text.echo", queue="text", outputs=("text/plain",), max_group=256, cacheable=False, seconds=lambda p: p.seconds or 1e-4)
+@kind("text.echo", queue="text", outputs=("text/plain",), max_group=512, cacheable=False, seconds=lambda p: p.seconds or 1e-4)
 class TextEcho(Params):
     """Give a text back, after a pause where wanted: a check of the whole way of a job without a model."""
 

@@ -8,12 +8,16 @@ import pytest
 import redis
 from sqlalchemy import select
 
+from contentfactory.jobs.spec import get_kind
 from contentfactory.settings import load_settings
 from db import lifecycle, projects
 from db.models import Job
 from producer import transport
 from producer.dispatch import Dispatcher
 from producer.publish import BANDS, Publisher
+
+FULL = get_kind("text.echo").max_group
+"""Jobs of a full micro-batch."""
 
 
 class Line:
@@ -56,20 +60,20 @@ def line(database, broker_url, tmp_path):
 
 def test_a_single_job_waits_for_what_runs_and_not_for_anothers_backlog(database, line, project, make_jobs):
     other = database.run(lambda conn: projects.ensure(conn, "other"))
-    make_jobs(2000, seconds=0.01)
-    assert line.next() == {project: 256}
+    make_jobs(8 * FULL, seconds=0.005)
+    assert line.next() == {project: FULL}
     with database.read() as conn:
-        assert len(conn.execute(select(Job.id).where(Job.state == "dispatched")).all()) > 512  # seconds of work wait on the broker
+        assert len(conn.execute(select(Job.id).where(Job.state == "dispatched")).all()) > 2 * FULL  # seconds of work wait on the broker
     for _ in range(3):  # time and again, not just for the first
         make_jobs(1, seconds=0.01, share_key="y", project_id=other)
         assert line.next() == {other: 1}
-        assert line.next() == {project: 256}
+        assert line.next() == {project: FULL}
 
 
 def test_k_projects_get_their_shares_whatever_their_backlogs(database, line, project, make_jobs):
     names = [project, *(database.run(lambda conn, n=n: projects.ensure(conn, f"p{n}")) for n in range(3))]
-    for index, (name, n) in enumerate(zip(names, (2000, 900, 900, 900), strict=True)):
-        make_jobs(n, seconds=0.02, share_key=f"k{index}", project_id=name)
+    for index, (name, n) in enumerate(zip(names, (8, 4, 4, 4), strict=True)):
+        make_jobs(n * FULL, seconds=0.01, share_key=f"k{index}", project_id=name)
     done = Counter()
     for _ in range(12):
         done += line.next()

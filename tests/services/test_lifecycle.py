@@ -8,12 +8,16 @@ import pytest
 from sqlalchemy import func, insert, select, update
 
 from contentfactory.ids import new_id
+from contentfactory.jobs.spec import get_kind
 from contentfactory.states import JobState
 from db import batches, jobs, lifecycle, migrate, projects, waiting
 from db.lifecycle import NewArtifact, Stop, Success
 from db.models import Artifact, Attempt, Batch, Event, Job, Mark, Share
 from db.session import now
 from producer.publish import BANDS, band
+
+FULL = get_kind("text.echo").max_group
+"""Jobs of a full micro-batch."""
 
 
 def state_of(database, job_id):
@@ -89,17 +93,17 @@ def test_a_job_goes_its_way(database, make_jobs):
 
 
 def test_groups_share_what_may_be_shared_and_no_more(database, make_jobs):
-    same = make_jobs(300)
+    same = make_jobs(FULL + 44)
     other = make_jobs(2, share_key="another")
-    sizes = [(h.ids[0] in other, len(h.ids)) for h in dispatch(database, window=512)]
-    assert sizes == [(False, 256), (False, 44), (True, 2)]
-    assert len(same) == 300
+    hints = dispatch(database, window=2 * FULL)
+    assert [(h.ids[0] in other, len(h.ids)) for h in hints] == [(False, FULL), (False, 44), (True, 2)]
+    assert {i for h in hints for i in h.ids} == {*same, *other}
 
 
 def test_dispatch_stops_at_the_cap(database, make_jobs):
-    make_jobs(300, seconds=1.0)
+    make_jobs(FULL + 44, seconds=1.0)
     first = dispatch(database, cap_s=60)
-    assert sum(len(h.ids) for h in first) == 256  # one micro-batch reaches over the cap, then it is full
+    assert sum(len(h.ids) for h in first) == FULL  # one micro-batch reaches over the cap, then it is full
     assert dispatch(database, cap_s=60) == []
 
 
@@ -123,12 +127,12 @@ def test_projects_share_by_weight(database, project, make_jobs):
 
 def test_a_project_that_has_nothing_in_the_broker_goes_past_a_full_one(database, project, make_jobs):
     other = database.run(lambda conn: projects.ensure(conn, "other"))
-    make_jobs(300, seconds=1.0)
+    make_jobs(FULL + 44, seconds=1.0)
     assert not any(h.ahead for h in dispatch(database, cap_s=60))
-    mine = make_jobs(300, seconds=1.0, share_key="y", project_id=other)
+    mine = make_jobs(FULL + 44, seconds=1.0, share_key="y", project_id=other)
     assert dispatch(database, cap_s=60, top_up=True) == []  # whoever tops up comes by too often for this look
     [hint] = dispatch(database, cap_s=60)
-    assert hint.ahead and hint.ids == tuple(mine[:256])
+    assert hint.ahead and hint.ids == tuple(mine[:FULL])
     assert dispatch(database, cap_s=60) == []  # one micro-batch, then it waits for room as everybody does
     make_jobs(1, seconds=1.0, share_key="z")
     assert dispatch(database, cap_s=60) == []
@@ -138,9 +142,9 @@ def test_only_the_first_micro_batch_of_a_project_goes_ahead(database, project, m
     other = database.run(lambda conn: projects.ensure(conn, "other"))
     make_jobs(1)
     dispatch(database)
-    make_jobs(300, share_key="x")
-    make_jobs(300, share_key="y", project_id=other)
-    hints = dispatch(database, window=600)
+    make_jobs(FULL + 44, share_key="x")
+    make_jobs(FULL + 44, share_key="y", project_id=other)
+    hints = dispatch(database, window=2 * FULL)
     owners = [(row_of(database, h.ids[0])["project_id"], h.ahead) for h in hints]
     assert sorted(owners) == sorted([(project, False)] * 2 + [(other, True), (other, False)])
 
@@ -429,7 +433,7 @@ def test_workers_get_equal_shares_of_a_little_work_that_is_more_than_one_look(da
 
 def test_long_micro_batches_go_to_all_workers_and_no_further(database, make_jobs):
     """A full micro-batch takes longer than what may be in flight: still each worker gets one, and the broker no more until they are taken."""
-    make_jobs(6 * 256, seconds=1.0)
+    make_jobs(6 * FULL, seconds=1.0)
 
     def report(conn):
         for n in range(4):
@@ -437,13 +441,13 @@ def test_long_micro_batches_go_to_all_workers_and_no_further(database, make_jobs
 
     database.run(report)
     hints = dispatch(database, window=4096, cap_s=10)
-    assert [len(hint.ids) for hint in hints] == [256] * 4
+    assert [len(hint.ids) for hint in hints] == [FULL] * 4
     assert dispatch(database, window=4096, cap_s=10) == []
     claim(database, hints[0].ids)
     assert dispatch(database, window=4096, cap_s=10) == [], "three wait there for whoever comes next"
     for hint in hints[1:]:
         claim(database, hint.ids)
-    assert sum(len(hint.ids) for hint in dispatch(database, window=4096, cap_s=10)) == 512
+    assert sum(len(hint.ids) for hint in dispatch(database, window=4096, cap_s=10)) == 2 * FULL
 
 
 def test_an_attempt_is_seen_before_its_row_is_written(database, make_jobs):
@@ -516,6 +520,6 @@ def test_the_last_jobs_of_a_queue_keep_every_worker_busy(database, make_jobs):
     make_jobs(10)
     hints = database.run(lambda conn: lifecycle.dispatch(conn, "text", cap_s=1e6))
     assert [len(hint.ids) for hint in hints] == [5, 5]
-    make_jobs(600)
-    hints = database.run(lambda conn: lifecycle.dispatch(conn, "text", cap_s=1e6))
-    assert len(hints[0].ids) == 256
+    make_jobs(2 * FULL)
+    hints = database.run(lambda conn: lifecycle.dispatch(conn, "text", cap_s=1e6, window=FULL))
+    assert len(hints[0].ids) == FULL

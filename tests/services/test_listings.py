@@ -131,4 +131,4 @@ def test_progress_counts_what_runs_by_its_own_index(database, project, batch):
     with Plans(database) as plans, database.read() as conn:
         [told] = batches.progress(conn, batch).values() or [{}]
     assert told["running"] == 1
-    assert "ix_jobs_running" in plans.text(), plans.text()
+    assert "ix_jobs_flying" in plans.text(), plans.text()

@@ -270,7 +270,7 @@ def stops(scene: Scene, jobs: int, report: Report) -> None:
 
 def _running(scene: Scene, pid: int) -> list[tuple[str, int]]:
     with scene.database.read() as conn:
-        query = "SELECT id, attempt FROM jobs WHERE state = 'running' AND lease_owner LIKE :owner"
+        query = "SELECT id, attempt FROM jobs WHERE place = 'flying' AND state = 'running' AND lease_owner LIKE :owner"
         return [(r.id, r.attempt) for r in conn.execute(text(query), {"owner": f"%/{pid}-%"})]
 
 
@@ -282,7 +282,7 @@ def broker_loss(scene: Scene, jobs: int, report: Report) -> None:
     # All of them are accepted, and as many hints sent as the cap allows, before anybody works.
     scene.batch(scene.work(jobs), expand=True)
     with scene.database.read() as conn:
-        report.notes["waiting_at_first_kill"] = conn.execute(text("SELECT count(*) FROM jobs WHERE state IN ('queued', 'dispatched')")).scalar()
+        report.notes["waiting_at_first_kill"] = conn.execute(text("SELECT count(*) FROM jobs WHERE place = 'queued' OR place = 'flying' AND state = 'dispatched'")).scalar()
     ends: list[float] = []
 
     def lose(down_s: float, wipe: bool = True) -> None:
@@ -895,7 +895,7 @@ def cancels(scene: Scene, jobs: int, report: Report) -> None:
         rng = random.Random(f"{scene.seed}/storm/{n}")
         for _ in range(max(3, jobs // 60)):
             with scene.database.read() as conn:
-                running = list(conn.execute(text("SELECT id FROM jobs WHERE state = 'running' LIMIT 8")).scalars())
+                running = list(conn.execute(text("SELECT id FROM jobs WHERE place = 'flying' AND state = 'running' LIMIT 8")).scalars())
             some = rng.sample(ids, min(len(ids), 3)) + rng.sample(running, min(len(running), 2))
             with lock:
                 for one in some:

@@ -440,7 +440,7 @@ class Scene:
         while not self._stop.wait(0.5):
             with contextlib.suppress(Exception):
                 with self.database.read() as conn:
-                    n, cost = conn.execute(text("SELECT count(*), coalesce(sum(seconds), 0) FROM jobs WHERE state = 'dispatched'")).one()
+                    n, cost = conn.execute(text("SELECT count(*), coalesce(sum(seconds), 0) FROM jobs WHERE place = 'flying' AND state = 'dispatched'")).one()
                     live = conn.execute(text("SELECT count(*) FROM workers WHERE seen_at > extract(epoch from clock_timestamp()) - 60")).scalar()
                 waiting = sum(int(self.broker.llen(k)) for k in keys)
                 self.backlog.append({"at": time.time(), "jobs": n, "seconds": float(cost), "messages": waiting, "workers": live})
@@ -461,7 +461,7 @@ class Scene:
     def publisher_time(self) -> float:
         """When the newest hint was sent, by the database's clock."""
         with self.database.read() as conn:
-            query = "SELECT max(dispatched_at) FROM jobs WHERE state = 'dispatched'"
+            query = "SELECT max(dispatched_at) FROM jobs WHERE place = 'flying' AND state = 'dispatched'"
             return float(conn.execute(text(query)).scalar() or 0.0)
 
     def open_batches(self) -> int:

@@ -1,6 +1,6 @@
 """Jobs and artifacts as they are read."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -146,6 +146,23 @@ def events(conn: Connection, *, job_id: str | None = None, batch_id: str | None 
     if batch_id:
         query = query.where(Event.batch_id == batch_id)
     return conn.execute(query.order_by(Event.id).limit(limit)).mappings().all()
+
+
+def story(conn: Connection, job: Mapping[str, Any], after: int = 0) -> list[dict[str, Any]]:
+    """Events of a job after an event id, its end among them: jobs that end together have one event, which names them all.
+
+    Args:
+        conn: Connection.
+        job: The job's row.
+        after: Id of the last event that is known.
+    """
+    found = [dict(event) for event in events(conn, job_id=job["id"], after=after)]
+    ended = JobState(job["state"]).terminal
+    if ended and not any(event["type"] == f"job.{job['state']}" for event in found):
+        data = {"state": job["state"], **({"error": job["error"]} if job["error"] else {})}
+        end = {"type": f"job.{job['state']}", "batch_id": job["batch_id"], "job_id": job["id"], "data": data}
+        found.append({"id": None, "at": job["finished_at"], **end})
+    return found
 
 
 def parents(conn: Connection, job_id: str) -> list[str]:

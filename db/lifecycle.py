@@ -705,15 +705,15 @@ def _succeeded(dialect: str, keyed: bool) -> Any:
         Job.c.id, Job.c.attempt, Job.c.project_id, Job.c.batch_id, Job.c.kind, Job.c.seed, Job.c.model, Job.c.group_size, Job.c.started_at,
         Job.c.finished_at,
     )  # fmt: skip
-    wanted = [*_fence(dialect), ~Job.c.cancel_requested]
+    named, *wanted = [*_fence(dialect), ~Job.c.cancel_requested]
     if dialect == "postgresql":
         # What `refuse_doomed` takes, without a round trip of its own.
         wanted.append(statement_text(f"(SELECT CAST({_NO_SWEEP} AS text)) IS NOT NULL"))
     if keyed:
         given = rows_given(dialect, "p_keyed", _KEYS)
-        wanted[0] = Job.c.id == given.c.id
+        named = Job.c.id == given.c.id
         values |= {"result_key": given.c.result_key, "reused_from": given.c.reused_from}
-    return update(Job).where(*wanted).values(values).returning(*columns)
+    return update(Job).where(named, *wanted).values(values).returning(*columns)
 
 
 @cache

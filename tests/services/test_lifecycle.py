@@ -547,3 +547,17 @@ def test_the_story_of_a_cancelled_job_has_its_end(database, project, make_jobs):
     with database.read() as conn:
         [end] = jobs.story(conn, jobs.get(conn, project, job_id))
     assert end["type"] == "job.cancelled"
+
+
+@pytest.mark.parametrize("database", ["postgresql"], indirect=True)
+@pytest.mark.parametrize("fields", [{}, {"result_key": "f" * 64}])
+def test_no_sweep_marks_anything_between_the_end_of_a_job_and_its_commit(database, make_jobs, fields):
+    """The update that ends jobs takes the sweep's lock itself. (SQLite has one writer at a time.)"""
+    held = claim(database, make_jobs(2))
+    with database.write() as conn:
+        assert len(lifecycle.finish(conn, [Success(c.id, c.attempt, (artifact(),), **fields) for c in held])) == 2
+        with database.write() as other:
+            free = other.exec_driver_sql("SELECT pg_try_advisory_xact_lock(hashtext('factory:sweep'))").scalar()
+        assert free is False
+    with database.write() as other:
+        assert other.exec_driver_sql("SELECT pg_try_advisory_xact_lock(hashtext('factory:sweep'))").scalar() is True

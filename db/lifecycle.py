@@ -8,7 +8,7 @@ import json
 import random
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
@@ -111,6 +111,8 @@ class Hint:
     """Whether it goes past the ordinary hints that wait: the first of a project that has none among them."""
     again: bool = False
     """Whether its first job was tried before: it has waited already, and goes past those that were not."""
+    model: str | None = None
+    """Model version of its first job; not part of the message."""
 
 
 @dataclass(slots=True)
@@ -292,7 +294,7 @@ _HAPPENED = insert(Event).values(at=now())
 # --- dispatch -------------------------------------------------------------------------------------------------------
 
 
-def dispatch(conn: Connection, queue: str, *, cap_s: float, max_jobs: int = 4096, window: int = 512,
+def dispatch(conn: Connection, queue: str, *, cap_s: float, max_jobs: int = 4096, per_worker: int = 1024, window: int = 512,
              worker_seen_s: float = 60.0, top_up: bool = False, patient: bool = True) -> list[Hint]:  # fmt: skip
     """Turn queued rows into micro-batches and mark them ``dispatched``. Publish the hints after the commit.
 
@@ -304,8 +306,9 @@ def dispatch(conn: Connection, queue: str, *, cap_s: float, max_jobs: int = 4096
         queue: Queue to serve.
         cap_s: Compute seconds that may be in the broker for each live worker of the queue; where nothing is there, a micro-batch for
             each worker may be, whatever it takes.
-        max_jobs: Most jobs in one call, and in the broker for each live worker; a project that has nothing there may send one
-            micro-batch past both caps.
+        max_jobs: Most jobs in one call.
+        per_worker: Jobs that may be in the broker for each live worker, however short they are: it fetches more of them by itself
+            (`take`). A project that has nothing there may send one micro-batch past both caps.
         window: Rows looked at per project.
         worker_seen_s: How fresh a worker's report must be for it to count.
         top_up: Do nothing while more than half of what may be in flight is, or while somebody else dispatches.
@@ -319,38 +322,89 @@ def dispatch(conn: Connection, queue: str, *, cap_s: float, max_jobs: int = 4096
     look = waiting.look(conn, queue, worker_seen_s)
     if look.paused:
         return []
-    at, workers = float(look.at), max(1, int(look.workers))
-    room_s, room_jobs = cap_s * workers - float(look.seconds), 2 * workers - int(look.jobs)
-    most = min(max_jobs, max_jobs * workers - int(look.jobs))
-    full = (room_s <= 0 and room_jobs <= 0) or most <= 0
-    if top_up and (full or (room_jobs <= 0 and (room_s < cap_s * workers / 2 or most < max_jobs * workers / 2))):
+    workers = max(1, int(look.workers))
+    room = _Room(cap_s * workers - float(look.seconds), 2 * workers - int(look.jobs), min(max_jobs, per_worker * workers - int(look.jobs)))
+    if top_up and (room.full or (room.jobs <= 0 and (room.seconds < cap_s * workers / 2 or room.most < per_worker * workers / 2))):
         return []
+    # Nothing waits on the broker: each worker may be out of work, however long a micro-batch takes.
+    room.hints = workers if not look.jobs else 0
+    room.strangers = waiting.STRANGERS if look.jobs < 2 * per_worker * workers else 0
+    chosen = _choose(conn, queue, look, room, window, worker_seen_s)
+    if chosen is None:
+        return []
+    dialect, at = conn.dialect.name, float(look.at)
+    ids = packed(dialect, (i for hint in chosen.hints for i in hint.ids))
+    marked = set(conn.execute(_dispatched(dialect), {"p_ids": ids, "p_at": at}).scalars().all())
+    chosen.save(conn)
+    out = []
+    for hint in chosen.hints:
+        kept = tuple(i for i in hint.ids if i in marked)
+        if kept:
+            out.append(hint if len(kept) == len(hint.ids) else replace(hint, ids=kept))
+    return out
+
+
+@dataclass
+class _Room:
+    """What may leave a queue: compute seconds and jobs that are still to come, jobs at most, and micro-batches whatever they take."""
+
+    seconds: float
+    jobs: int
+    most: int
+    hints: int = 0
+    strangers: int = 0
+    """Projects of which nothing is on the broker that may send a micro-batch each though there is no room."""
+
+    @property
+    def full(self) -> bool:
+        return (self.seconds <= 0 and self.jobs <= 0) or self.most <= 0
+
+
+@dataclass(frozen=True)
+class _Chosen:
+    """Micro-batches that are next, in their order; nothing is written yet."""
+
+    queue: str
+    hints: list[Hint]
+    fair: waiting.Fair
+    prefer: warm.Preference
+    clock: float | None
+
+    def save(self, conn: Connection) -> None:
+        """Charge their projects: they leave."""
+        fair, queue = self.fair, self.queue
+        self.prefer.save()
+        charged = [{"queue": queue, "project_id": p, "virtual_seconds": fair.virtual[p]} for p in sorted(fair.charged)]
+        conn.execute(_shared(conn.dialect.name), charged)
+        if self.clock is None or fair.now() > self.clock:
+            _set_mark(conn, waiting.clock_name(queue), fair.now())
+
+
+def _choose(conn: Connection, queue: str, look: Any, room: _Room, window: int, worker_seen_s: float) -> _Chosen | None:
+    """What goes next, if anything does; see `dispatch`. The caller has its turn."""
+    at, workers, full = float(look.at), max(1, int(look.workers)), room.full
     candidates = waiting.candidates(conn, queue, at, window)
     if not candidates:
-        return []
+        return None
     fair = waiting.Fair(conn, queue, candidates, look.clock, bool(look.jobs))
     # Their hints would stand behind seconds of other projects' work: each sends one past that.
     strangers = fair.strangers
     if full:
-        bound = waiting.STRANGERS if look.jobs < 2 * max_jobs * workers else 0
-        strangers = set(sorted(strangers)[:bound])
+        strangers = set(sorted(strangers)[: room.strangers])
         candidates = {project: candidates[project] for project in strangers}
         if not candidates:
-            return []
+            return None
     spread = waiting.spread(conn, queue, candidates, workers)
     if spread and not full and any(rows.cut for rows in candidates.values()):
         # So little waits that workers get equal shares of it: then all of it must be seen.
         candidates = waiting.candidates(conn, queue, at, waiting.for_all(candidates, workers))
         spread = waiting.spread(conn, queue, candidates, workers)
     bounds = limits.caps(conn, queue, {key for rows in candidates.values() for key in rows.share_keys}, at, worker_seen_s)
-    dialect = conn.dialect.name
-    hints: list[tuple[str, int, list[str], bool, bool]] = []
-    taken = 0
-    idle = int(look.jobs) == 0
-    # Nothing waits on the broker: each worker may be out of work, however long a micro-batch takes.
-    at_least = workers if idle else 0
     prefer = warm.Preference(conn, queue, at, worker_seen_s)
-    while candidates and (full or ((room_s > 0 or room_jobs > 0 or len(hints) < at_least) and taken < most)):
+    hints: list[Hint] = []
+    taken, room_s, room_jobs = 0, room.seconds, room.jobs
+    idle = int(look.jobs) == 0
+    while candidates and (full or ((room_s > 0 or room_jobs > 0 or len(hints) < room.hints) and taken < room.most)):
         project = min(candidates, key=lambda p: (-candidates[p].head.priority, fair.virtual[p], p))
         rows = candidates[project].front(warm.AHEAD + 1)
         place, company = prefer.pick(project, rows)
@@ -373,25 +427,50 @@ def dispatch(conn: Connection, queue: str, *, cap_s: float, max_jobs: int = 4096
         room_s -= cost
         room_jobs -= len(group)
         taken += len(group)
-        hints.append((head.kind, head.priority, [row.id for row in group], project in strangers, head.attempt > 0))
+        ids = tuple([row.id for row in group])
+        hints.append(Hint(head.kind, queue, head.priority, ids, at, project in strangers, head.attempt > 0, head.model))
         strangers.discard(project)
         idle = False
-    if not hints:
+    return _Chosen(queue, hints, fair, prefer, look.clock) if hints else None
+
+
+def take(conn: Connection, queue: str, kind: str, model: str | None, worker: str, lease_s: float, *, window: int = 512,
+         worker_seen_s: float = 60.0, named: list[str] | None = None) -> list[Claimed]:  # fmt: skip
+    """Dispatch the next micro-batch of a queue straight into a worker's hands: one change of state instead of two, and no message.
+
+    Whoever has the turn is chosen as by `dispatch`. For a worker that has just done such jobs, while nothing waits on the broker.
+
+    Args:
+        conn: Connection in a write transaction.
+        queue: Queue.
+        kind: Nothing is taken where the next micro-batch is of another kind…
+        model: …or needs another model than this: both have a way to be made ready for, which begins with a hint.
+        worker: Who takes it.
+        lease_s: Length of the lease, seconds.
+        window: Rows looked at per project.
+        worker_seen_s: How fresh a worker's report must be for it to count.
+        named: Where the ids go before anything is written: whoever does not learn whether the commit took effect asks for these.
+
+    Returns:
+        The claimed jobs.
+    """
+    if not _turn(conn, queue, patient=True):
         return []
-    prefer.save()
-    ids = packed(dialect, (i for _, _, members, _, _ in hints for i in members))
-    marked = set(conn.execute(_dispatched(dialect), {"p_ids": ids, "p_at": at}).scalars().all())
-    conn.execute(
-        _shared(dialect), [{"queue": queue, "project_id": p, "virtual_seconds": fair.virtual[p]} for p in sorted(fair.charged)]
-    )
-    if look.clock is None or fair.now() > look.clock:
-        _set_mark(conn, waiting.clock_name(queue), fair.now())
-    out = []
-    for kind, priority, members, ahead, again in hints:
-        kept = tuple(i for i in members if i in marked)
-        if kept:
-            out.append(Hint(kind, queue, priority, kept, at, ahead, again))
-    return out
+    look = waiting.look(conn, queue, worker_seen_s)
+    if look.paused:
+        return []
+    chosen = _choose(conn, queue, look, _Room(1.0, 1, 1), window, worker_seen_s)
+    if chosen is None:
+        return []
+    [hint] = chosen.hints
+    if hint.kind != kind or hint.model != model:
+        return []
+    if named is not None:
+        named[:] = hint.ids
+    claimed = claim(conn, hint.ids, worker, lease_s, kind, dispatched_at=hint.dispatched_at)
+    if claimed:
+        chosen.save(conn)
+    return claimed
 
 
 def dispatch_alone(conn: Connection, job: NewJob) -> Hint | None:
@@ -487,7 +566,8 @@ _CLAIMED = (
 """Columns of `Claimed`, in its order."""
 
 
-def claim(conn: Connection, ids: Sequence[str], worker: str, lease_s: float, kind: str | None = None) -> list[Claimed]:
+def claim(conn: Connection, ids: Sequence[str], worker: str, lease_s: float, kind: str | None = None, *,
+          dispatched_at: float | None = None) -> list[Claimed]:  # fmt: skip
     """Take jobs for this worker. Whatever is not due, not waiting, cancelled or paused is left out: drop its hint.
 
     Args:
@@ -496,14 +576,15 @@ def claim(conn: Connection, ids: Sequence[str], worker: str, lease_s: float, kin
         worker: Who takes them.
         lease_s: Length of the lease, seconds.
         kind: Only jobs of this kind: a forged hint may name others, which would wait here for their turn while their lease runs.
+        dispatched_at: When they were dispatched, where no hint did it, on the database's clock.
 
     Returns:
         The claimed jobs in the order of ``ids``.
     """
     ids = list(dict.fromkeys(ids))
     dialect = conn.dialect.name
-    values = {"p_ids": packed(dialect, ids), "p_worker": worker, "p_lease_s": lease_s, "p_n": len(ids), "p_kind": kind}
-    statement = _claim(dialect, kind is not None)
+    values = {"p_ids": packed(dialect, ids), "p_worker": worker, "p_lease_s": lease_s, "p_n": len(ids), "p_kind": kind, "p_at": dispatched_at}
+    statement = _claim(dialect, kind is not None, dispatched_at is not None)
     claimed = {row[0]: Claimed(*row) for row in conn.execute(statement, values).all()}
     if len(claimed) < len(ids):
         # A hint of a paused job is used up: the row waits in SQL again.
@@ -516,7 +597,7 @@ def claim(conn: Connection, ids: Sequence[str], worker: str, lease_s: float, kin
 
 
 @cache
-def _claim(dialect: str, one_kind: bool) -> Any:
+def _claim(dialect: str, one_kind: bool, dispatched: bool) -> Any:
     wanted = [
         among_given(dialect, Job.c.id, "p_ids"), was(JobState.QUEUED, JobState.DISPATCHED), ~Job.c.cancel_requested, Job.c.run_after <= now(),
         ~_held(),
@@ -528,6 +609,7 @@ def _claim(dialect: str, one_kind: bool) -> Any:
     values = {
         "state": JobState.RUNNING, "attempt": Job.c.attempt + 1, "lease_owner": bindparam("p_worker"), "lease_until": now() + bindparam("p_lease_s"),
         "started_at": now(), "progress": None, "message": None, "group_size": bindparam("p_n"),
+        **({"dispatched_at": bindparam("p_at")} if dispatched else {}),
     }  # fmt: skip
     return update(Job).where(*wanted).values(values).returning(*_CLAIMED)
 

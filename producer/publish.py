@@ -164,6 +164,17 @@ class Publisher:
         except RedisError as error:
             raise ServiceUnavailable(f"the broker did not answer: {error}", code="broker_unavailable") from None
 
+    def anything(self, queues: Sequence[str]) -> bool:
+        """Whether a message waits on one of these queues.
+
+        Raises:
+            ServiceUnavailable: If the broker does not answer.
+        """
+        try:
+            return bool(self._redis.exists(*(key for queue in queues for key in self._keys(queue))))
+        except (RedisError, OSError) as error:
+            raise ServiceUnavailable(f"the broker did not answer: {error}", code="broker_unavailable") from None
+
     def oldest(self, queue: str) -> float | None:
         """Dispatch time (the ledger's clock) of the hint that waits longest; None where none waits, 0 where nobody knows.
 

@@ -61,6 +61,9 @@ INSTANT_BYTES = 65_536
 """Outputs up to this size are looked up among those that were just stored before they are put."""
 LOOK_REST_S = 0.15
 """Micro-batches that take less than this share looks at what the broker lacks: far less than it takes to work off half of what it may hold."""
+STAY_S = 1.0
+"""How long a worker goes on with micro-batches of the same kind without going back to the broker between them: the share of all work that
+hints carry is small then, and whatever else the worker's parent does for it waits no longer."""
 PENDING_GROUPS = 2
 """Micro-batches that may be encoded, uploaded and committed while the next one computes."""
 
@@ -135,12 +138,12 @@ class Executor:
         self.inputs = Inputs(settings, self.database, self.store)
         name = os.environ.get("FACTORY_WORKER_NAME", "worker")
         self.worker = f"{socket.gethostname()}/{name}/{os.getpid()}-{uuid.uuid4().hex[:8]}"
-        queues = [q for q in os.environ.get("FACTORY_WORKER_QUEUES", "").split(",") if q]
+        self.queues = [q for q in os.environ.get("FACTORY_WORKER_QUEUES", "").split(",") if q]
         self._device: str | None = settings.device if settings.device != "auto" else None
         self.cache = ModelCache(limit_mb=float(os.environ.get("FACTORY_WORKER_CACHE_MB", settings.model_cache_mb)))
         memory.device_name("cpu")  # looked up while there is a handle to do it with
         self.meter = GroupMeter(self.database, lambda: memory.device_name(self._device or "auto"))
-        self.keeper = Keeper(settings, self.worker, queues, settings.device) if keeper else None
+        self.keeper = Keeper(settings, self.worker, self.queues, settings.device) if keeper else None
         self.warmup = WarmUp(self.database, self.cache, self._model, lambda: self.device, self.keeper)
         self.tracer = open_tracer("worker")
         self.uploads = ThreadPoolExecutor(settings.upload_threads, thread_name_prefix="upload")
@@ -149,6 +152,9 @@ class Executor:
         self._drain = drain_file(settings)
         self._drain_seen = 0.0
         self._looked_at = -1e9
+        self.stay_s = STAY_S
+        self._stays = False
+        """Whether more is taken after this micro-batch: room on the broker is then left alone."""
         self._draining = False
         self._models: dict[str, ResolvedModel] = {}
         self._flying: set[str] = set()
@@ -167,10 +173,31 @@ class Executor:
         return self._device
 
     def run(self, kind: str, ids: Sequence[str]) -> None:
-        """Claim these jobs and do what could be claimed. Returns when the runner is done; the commit may still be under way."""
+        """Claim these jobs and do what could be claimed, and more of their like while that is quick (`_take`).
+
+        Returns when the runner is done; the commit may still be under way.
+        """
+        begun = time.monotonic()
         if not self.warmup.ready(kind, ids):
             return
         failpoints.reached(failpoints.BEFORE_CLAIM)
+        claimed = self._claim(kind, ids)
+        if not claimed:
+            log.debug("nothing_to_claim", action="claim", kind=kind, jobs=len(ids))
+            return
+        spec = get_kind(kind)
+        try:
+            while claimed:
+                self._run_group(spec, [_Member(c) for c in claimed])
+                claimed = self._take(spec, claimed[0].model, begun)
+        finally:
+            stayed, self._stays = self._stays, False
+        failpoints.reached(failpoints.BEFORE_ACK)
+        if stayed:
+            self._top_up(begun)
+
+    def _claim(self, kind: str, ids: Sequence[str]) -> list[Claimed]:
+        """Claim the jobs that a hint names; those that are ours now."""
         tried = False
 
         def work(conn: Any) -> list[Claimed]:
@@ -190,14 +217,44 @@ class Executor:
             # Perhaps nothing was claimed; the next claim finds out. If none comes, the lease will expire.
             self._unsure.update(ids)
             log.warning("claim_failed", action="claim", kind=kind, jobs=len(ids), error=error.message)
-            return
+            return []
         self._unsure.clear()
         self._flying.update(c.id for c in claimed)
-        if not claimed:
-            log.debug("nothing_to_claim", action="claim", kind=kind, jobs=len(ids))
-            return
-        self._run_group(get_kind(kind), [_Member(c) for c in claimed])
-        failpoints.reached(failpoints.BEFORE_ACK)
+        return claimed
+
+    def _take(self, spec: KindSpec, model: str | None, begun: float) -> list[Claimed]:
+        """The next micro-batch of the same kind and model, without a hint: none is needed where nobody else is to be served first.
+
+        For jobs so short that their hints would cost as much as they do. Nothing once ``stay_s`` have passed, while anything waits on the
+        broker, or while this worker drains.
+
+        Args:
+            spec: The kind that was just run.
+            model: The model version that it used.
+            begun: When the first of these micro-batches began.
+        """
+        if time.monotonic() - begun > self.stay_s or self._should_release():
+            return []
+        named: list[str] = []
+
+        def work(conn: Any) -> list[Claimed]:
+            # The answer to a commit may be lost: what an earlier try took is ours, though nobody told us.
+            if named and (taken := lifecycle.claimed_by(conn, named, self.worker)):
+                return taken
+            return lifecycle.take(conn, spec.queue, spec.name, model, self.worker, self.settings.lease_s, named=named)
+
+        try:
+            if self.dispatcher.publisher.anything(self.queues or [spec.queue]):
+                return []
+            self._stays = True
+            failpoints.reached(failpoints.BEFORE_CLAIM)
+            claimed = self.database.run(work)
+        except ServiceUnavailable as error:
+            self._unsure.update(named)  # the next claim finds out
+            log.warning("claim_failed", action="take", kind=spec.name, jobs=len(named), error=error.message)
+            return []
+        self._flying.update(c.id for c in claimed)
+        return claimed
 
     def _run_group(self, spec: KindSpec, members: list[_Member]) -> None:
         started = time.monotonic()
@@ -581,8 +638,8 @@ class Executor:
             started: When the micro-batch began that was committed: where they follow upon each other quickly, one look serves several.
         """
         at = time.monotonic()
-        if self._flying and at - min(started, self._looked_at) < LOOK_REST_S:
-            return
+        if self._stays or (self._flying and at - min(started, self._looked_at) < LOOK_REST_S):
+            return  # whoever stays takes what there is
         self._looked_at = at
         try:
             self.dispatcher.dispatch(top_up=True)

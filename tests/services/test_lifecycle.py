@@ -95,7 +95,7 @@ def test_a_job_goes_its_way(database, make_jobs):
 def test_groups_share_what_may_be_shared_and_no_more(database, make_jobs):
     same = make_jobs(FULL + 44)
     other = make_jobs(2, share_key="another")
-    hints = dispatch(database, window=2 * FULL)
+    hints = dispatch(database, window=2 * FULL, per_worker=8 * FULL)
     assert [(h.ids[0] in other, len(h.ids)) for h in hints] == [(False, FULL), (False, 44), (True, 2)]
     assert {i for h in hints for i in h.ids} == {*same, *other}
 
@@ -144,7 +144,7 @@ def test_only_the_first_micro_batch_of_a_project_goes_ahead(database, project, m
     dispatch(database)
     make_jobs(FULL + 44, share_key="x")
     make_jobs(FULL + 44, share_key="y", project_id=other)
-    hints = dispatch(database, window=2 * FULL)
+    hints = dispatch(database, window=2 * FULL, per_worker=8 * FULL)
     owners = [(row_of(database, h.ids[0])["project_id"], h.ahead) for h in hints]
     assert sorted(owners) == sorted([(project, False)] * 2 + [(other, True), (other, False)])
 

@@ -204,9 +204,9 @@ def _reap_without_grace() -> Places:
 def _attempt_not_counted() -> Places:
     real = lifecycle.claim
 
-    def claim(conn: Any, ids: Any, worker: str, lease_s: float, kind: str | None = None) -> list[Any]:
+    def claim(conn: Any, ids: Any, worker: str, lease_s: float, kind: str | None = None, **options: Any) -> list[Any]:
         out = []
-        for one in real(conn, ids, worker, lease_s, kind):
+        for one in real(conn, ids, worker, lease_s, kind, **options):
             if one.attempt > 1:
                 conn.execute(delete(Attempt).where(Attempt.job_id == one.id, Attempt.attempt == one.attempt - 1))
                 conn.execute(update(Job).where(Job.id == one.id).values(attempt=one.attempt - 1))
@@ -223,8 +223,8 @@ def _claim_anyway(*where: Any) -> Callable[[], Places]:
     def places() -> Places:
         real = lifecycle.claim
 
-        def claim(conn: Any, ids: Any, worker: str, lease_s: float, kind: str | None = None) -> list[Any]:
-            found = real(conn, ids, worker, lease_s, kind)
+        def claim(conn: Any, ids: Any, worker: str, lease_s: float, kind: str | None = None, **options: Any) -> list[Any]:
+            found = real(conn, ids, worker, lease_s, kind, **options)
             rest = sorted(set(ids) - {one.id for one in found})
             return found + _seize(conn, rest, worker, lease_s, kind, *where)
 

@@ -575,6 +575,12 @@ class SimPublisher:
     def waiting(self, queue: str) -> int:
         return sum(len(hints) for (name, _), hints in self.broker.lists.items() if name == queue)
 
+    def anything(self, queues: Any) -> bool:
+        self.world.step("anything")
+        if self.broker.down_until > self.world.now:
+            raise ServiceUnavailable("the broker does not answer", code="broker_unavailable")
+        return any(self.waiting(queue) for queue in queues)
+
     def check(self) -> None:
         pass
 

@@ -1,0 +1,187 @@
+"""A worker takes the next micro-batch of the same kind by itself while nothing waits on the broker."""
+
+from collections import Counter
+
+import pytest
+from sqlalchemy import select
+
+from contentfactory.errors import ServiceUnavailable
+from contentfactory.settings import load_settings
+from contentfactory.states import Priority
+from db import lifecycle, projects
+from db.models import Job, Queue, Share
+from storage.memory import MemoryStore
+from worker.execution import Executor
+
+FULL = 512
+
+
+class Broker:
+    """A broker on which something may wait; counts how often it is asked, and keeps what it is sent."""
+
+    def __init__(self):
+        self.waits, self.asked, self.sent = False, 0, []
+
+    def send(self, hints):
+        self.sent += hints
+        return []
+
+    def anything(self, queues):
+        self.asked += 1
+        if isinstance(self.waits, Exception):
+            raise self.waits
+        return self.waits
+
+    def ended(self, job_ids):
+        pass
+
+    def close(self):
+        pass
+
+
+@pytest.fixture
+def broker():
+    return Broker()
+
+
+@pytest.fixture
+def executor(database, tmp_path, broker):
+    made = Executor(load_settings(state_dir=tmp_path / "state", device="cpu"), database, MemoryStore(), broker, keeper=False)
+    made.stay_s = 60.0
+    yield made
+    made.close()
+
+
+def states(database):
+    with database.read() as conn:
+        return Counter(conn.execute(select(Job.state)).scalars())
+
+
+def first(database, **options):
+    [hint, *_] = database.run(lambda conn: lifecycle.dispatch(conn, "text", cap_s=1e-9, **options))
+    return hint
+
+
+def test_what_waits_is_taken_one_micro_batch_after_the_other(database, make_jobs, executor, broker):
+    ids = make_jobs(3 * FULL + 7, kind="text.echo", params={"text": "a"}, seconds=1e-6)
+    hint = first(database, max_jobs=1)
+    executor.run("text.echo", hint.ids)
+    executor.finishers.submit(lambda: None).result()
+    with database.read() as conn:
+        rows = conn.execute(select(Job.id, Job.state, Job.attempt, Job.dispatched_at, Job.started_at).order_by(Job.rank, Job.id)).all()
+    assert [row.id for row in rows] == ids
+    assert {(row.state, row.attempt) for row in rows} == {("succeeded", 1)}
+    assert all(row.dispatched_at <= row.started_at for row in rows)
+    assert broker.sent == []
+
+
+def test_a_hint_that_waits_goes_first(database, make_jobs, executor, broker):
+    make_jobs(2 * FULL, kind="text.echo", params={"text": "a"}, seconds=1e-6)
+    hint = first(database, max_jobs=1)
+    broker.waits = True
+    executor.run("text.echo", hint.ids)
+    executor.finishers.submit(lambda: None).result()
+    assert states(database)["succeeded"] == FULL and broker.asked == 1
+
+
+def test_a_broker_that_is_away_is_waited_for(database, make_jobs, executor, broker):
+    make_jobs(2 * FULL, kind="text.echo", params={"text": "a"}, seconds=1e-6)
+    hint = first(database, max_jobs=1)
+    broker.waits = ServiceUnavailable("away", code="broker_unavailable")
+    executor.run("text.echo", hint.ids)
+    executor.finishers.submit(lambda: None).result()
+    assert states(database)["succeeded"] == FULL
+    assert not executor._stays and not executor._unsure
+
+
+def test_after_a_long_micro_batch_the_broker_decides(database, make_jobs, executor, broker):
+    executor.stay_s = 0.0
+    make_jobs(2 * FULL, kind="text.echo", params={"text": "a"}, seconds=1e-6)
+    hint = first(database, max_jobs=1)
+    executor.run("text.echo", hint.ids)
+    assert broker.asked == 0
+    executor.finishers.submit(lambda: None).result()
+    assert states(database)["running"] == 0 and broker.sent
+
+
+def test_a_worker_that_drains_takes_nothing_more(database, make_jobs, executor, broker, monkeypatch):
+    make_jobs(2 * FULL, kind="text.echo", params={"text": "a"}, seconds=1e-6)
+    hint = first(database, max_jobs=1)
+    monkeypatch.setattr(executor, "_should_release", lambda: True)
+    executor.run("text.echo", hint.ids)
+    executor.finishers.submit(lambda: None).result()
+    assert broker.asked == 0 and states(database)["succeeded"] == FULL
+
+
+def test_another_kind_is_left_to_its_hint(database, make_jobs, executor, broker):
+    make_jobs(1, kind="text.echo", params={"text": "a"}, seconds=1e-6)
+    make_jobs(1, kind="text.embed", params={"input": ["b"]}, share_key="e", seconds=1e-6)
+    hint = first(database, max_jobs=1)
+    executor.run(hint.kind, hint.ids)
+    executor.finishers.submit(lambda: None).result()
+    assert states(database)["succeeded"] == 1
+    assert [h.kind for h in broker.sent] == ["text.embed"]  # whoever stayed sees to it that it goes on
+
+
+def take(database, kind="text.echo", model=None, **options):
+    return database.run(lambda conn: lifecycle.take(conn, "text", kind, model, "w", 60.0, **options))
+
+
+def test_nothing_is_taken_from_a_paused_queue_or_for_another_model(database, make_jobs):
+    make_jobs(1, kind="text.echo", model="m@1")
+    assert take(database) == []
+    database.run(lambda conn: conn.execute(Queue.__table__.insert().values(name="text", paused=True)))
+    assert take(database, model="m@1") == []
+    database.run(lambda conn: conn.execute(Queue.__table__.update().values(paused=False)))
+    named = []
+    assert [c.id for c in take(database, model="m@1", named=named)] == named != []
+    assert take(database, model="m@1") == [] and states(database) == {"running": 1}
+
+
+def test_what_is_taken_is_charged_to_its_project(database, project, make_jobs):
+    other = database.run(lambda conn: projects.ensure(conn, "other"))
+    make_jobs(4 * FULL, kind="text.echo", seconds=0.01)
+    make_jobs(4 * FULL, kind="text.echo", seconds=0.01, share_key="y", project_id=other)
+    owners = [take(database)[0].project_id for _ in range(6)]
+    assert Counter(owners) == {project: 3, other: 3}
+    with database.read() as conn:
+        assert conn.execute(select(Share.virtual_seconds)).scalars().all() == pytest.approx([3 * FULL * 0.01] * 2)
+
+
+def test_the_urgent_are_taken_first(database, make_jobs):
+    make_jobs(1, kind="text.echo")
+    [urgent] = make_jobs(1, kind="text.echo", priority=Priority.INTERACTIVE)
+    assert [c.id for c in take(database)] == [urgent]
+
+
+def test_jobs_that_go_alone_are_taken_alone(database, make_jobs):
+    ids = make_jobs(3, kind="text.echo")
+    database.run(lambda conn: conn.execute(Job.__table__.update().where(Job.id == ids[0]).values(group_limit=1)))
+    assert [[c.id for c in take(database)] for _ in range(2)] == [ids[:1], ids[1:]]
+
+
+def test_an_answer_that_is_lost_leaves_its_jobs_to_the_next_claim(database, make_jobs, executor, broker, monkeypatch):
+    """Once what was taken is known by a second try; where that fails too, the next claim gives it back without a strike."""
+    ids = make_jobs(2 * FULL + 1, kind="text.echo", params={"text": "a"}, seconds=1e-6)
+    hint = first(database, max_jobs=1)
+    real = database.run
+
+    def lossy(work, tries=5):
+        answer = real(work, tries=tries)
+        if answer and isinstance(answer, list) and isinstance(answer[0], lifecycle.Claimed) and answer[0].id == ids[FULL]:
+            raise ServiceUnavailable("no answer", code="ledger_unavailable")
+        return answer
+
+    monkeypatch.setattr(database, "run", lossy)
+    executor.run("text.echo", hint.ids)
+    executor.finishers.submit(lambda: None).result()
+    assert states(database) == {"succeeded": FULL, "running": FULL, "dispatched": 1}
+    assert executor._unsure == set(ids[FULL : 2 * FULL])
+    monkeypatch.undo()
+    executor.stay_s = 0.0
+    executor.run("text.echo", ids[2 * FULL :])
+    executor.finishers.submit(lambda: None).result()
+    with database.read() as conn:
+        back = conn.execute(select(Job.state, Job.strikes).where(Job.id.in_(ids[FULL : 2 * FULL])).distinct()).all()
+    assert {(row.state in ("queued", "dispatched"), row.strikes) for row in back} == {(True, 0)}
+    assert not executor._unsure

@@ -58,7 +58,11 @@ class Timer:
         for batch_id, state in moving:
             if state == BatchState.CANCELLING:
                 self.database.run(partial(lifecycle.cancel_batch, batch_id=batch_id))
-            self.producer.expand(batch_id, seconds=self.settings.dispatch_period_s)
+            try:
+                self.producer.expand(batch_id, seconds=self.settings.dispatch_period_s)
+            except FactoryError as error:
+                # The storage with its manifest is away, say: it goes on from there later, and nothing else waits for that.
+                log.error("expand_failed", action="expand", batch=batch_id, code=error.code, error=error.message)
         # Whoever holds the turn may have been stopped in it, and leases have to be looked at all the same.
         self.dispatcher.dispatch(patient=False)
         self.database.run(_fold_and_close)
@@ -93,10 +97,11 @@ class Timer:
         while not stop.is_set():
             started, outcome = time.monotonic(), "failed"
             try:
-                self.tick()
+                # First, since leases must be looked at whatever the rest of the round runs into.
                 if started >= next_rescue:
                     next_rescue = started + self.settings.reaper_period_s
                     self.rescue()
+                self.tick()
                 if started >= next_sweep and (sweeper is None or not sweeper.is_alive()):
                     next_sweep = started + self.settings.sweep_period_s
                     # A listing of millions of objects takes its time; dispatch and rescue must not wait for it.

@@ -31,7 +31,7 @@ def rate(bench: Bench, profile: str, workers: int, kind: str, queue: str, rows: 
         for _ in range(20):
             hand_in(warm)
             with factory.database.read() as conn:
-                seen = conn.execute(text("SELECT count(DISTINCT worker) FROM attempts")).scalar()
+                seen = conn.execute(text("SELECT count(DISTINCT worker) FROM micro_batches")).scalar()
             if seen == workers:
                 break
         else:

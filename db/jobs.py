@@ -4,10 +4,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any
 
-from sqlalchemy import Connection, RowMapping, bindparam, null, or_, select
+from sqlalchemy import Connection, RowMapping, and_, bindparam, case, func, literal, null, or_, select
 
 from contentfactory.states import UNWELL, JobState
-from db.models import Artifact, Attempt, Dependency, Event, Job
+from db.models import Artifact, Attempt, Dependency, Event, Job, MicroBatch
 from db.sql import among, among_given, has_state, packed
 
 COLUMNS = (
@@ -127,15 +127,24 @@ def artifact(conn: Connection, project_id: str, artifact_id: str) -> RowMapping 
 
 
 def attempts(conn: Connection, job_id: str) -> Sequence[RowMapping]:
-    """Every attempt of a job, the one that is under way included: that has no row yet, and no outcome."""
+    """Every attempt of a job, in order.
+
+    The last one has no row of its own while it is under way (it has no outcome either) and where it succeeded: then the job says what there is
+    to say, and its micro-batch who ran it and its phases. That row goes with its time, before those of some jobs (`retention.expire_micro_batches`).
+    """
     columns = (Attempt.attempt, Attempt.worker, Attempt.group_size, Attempt.started_at, Attempt.finished_at, Attempt.outcome, Attempt.error, Attempt.phases)
-    current = select(
-        Job.attempt, Job.lease_owner.label("worker"), Job.group_size, Job.started_at, null().label("finished_at"), null().label("outcome"),
-        null().label("error"), null().label("phases"),
-    ).where(Job.id == job_id, Job.state == JobState.RUNNING)  # fmt: skip
+    succeeded = Job.state == JobState.SUCCEEDED
+    last = (
+        select(
+            Job.attempt, func.coalesce(Job.lease_owner, MicroBatch.worker, "").label("worker"), Job.group_size, Job.started_at, Job.finished_at,
+            case((succeeded, literal("succeeded"))).label("outcome"), null().label("error"), MicroBatch.phases,
+        )
+        .outerjoin(MicroBatch, and_(MicroBatch.id == Job.micro_batch, succeeded))
+        .where(Job.id == job_id, or_(Job.state == JobState.RUNNING, and_(succeeded, Job.micro_batch.is_not(None))))
+    )  # fmt: skip
     ended = conn.execute(select(*columns).where(Attempt.job_id == job_id).order_by(Attempt.attempt)).mappings().all()
     known = {row["attempt"] for row in ended}
-    return [*ended, *(row for row in conn.execute(current).mappings() if row["attempt"] not in known)]
+    return [*ended, *(row for row in conn.execute(last).mappings() if row["attempt"] not in known)]
 
 
 def events(conn: Connection, *, job_id: str | None = None, batch_id: str | None = None, after: int = 0, limit: int = 1000) -> Sequence[RowMapping]:

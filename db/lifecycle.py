@@ -6,6 +6,7 @@ whether its commit took effect may repeat it: an update that finds no row in the
 
 import json
 import random
+import secrets
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -56,6 +57,7 @@ from db.tables import (
     Event,
     Job,
     Mark,
+    MicroBatch,
     ModelVersion,
     Project,
     Queue,
@@ -584,6 +586,8 @@ def claim(conn: Connection, ids: Sequence[str], worker: str, lease_s: float, kin
     ids = list(dict.fromkeys(ids))
     dialect = conn.dialect.name
     values = {"p_ids": packed(dialect, ids), "p_worker": worker, "p_lease_s": lease_s, "p_n": len(ids), "p_kind": kind, "p_at": dispatched_at}
+    # Not out of ``random``: a runner that seeds that for each of its jobs would make the same numbers again.
+    values["p_micro_batch"] = secrets.randbits(62)
     statement = _claim(dialect, kind is not None, dispatched_at is not None)
     claimed = {row[0]: Claimed(*row) for row in conn.execute(statement, values).all()}
     if len(claimed) < len(ids):
@@ -609,7 +613,7 @@ def _claim(dialect: str, one_kind: bool, dispatched: bool) -> Any:
     values = {
         "state": JobState.RUNNING, "attempt": Job.c.attempt + 1, "lease_owner": bindparam("p_worker"), "lease_until": now() + bindparam("p_lease_s"),
         "started_at": now(), "progress": None, "message": None, "group_size": bindparam("p_n"),
-        **({"dispatched_at": bindparam("p_at")} if dispatched else {}),
+        "micro_batch": bindparam("p_micro_batch"), **({"dispatched_at": bindparam("p_at")} if dispatched else {}),
     }  # fmt: skip
     return update(Job).where(*wanted).values(values).returning(*_CLAIMED)
 
@@ -755,7 +759,7 @@ def finish(conn: Connection, results: Sequence[Success], worker: str | None = No
     _refuse_gone(conn, {a.object_key for r in published if r.reused_from for a in r.artifacts})
     artifacts: list[tuple[Any, ...]] = []
     attempts: list[tuple[Any, ...]] = []
-    told: dict[int, str | None] = {id(r.phases): dumps(dict(r.phases)) if r.phases else None for r in published}
+    groups: dict[int, dict[str, Any]] = {}
     for r in published:
         row = done[r.job_id]
         rows = [_artifact_row(new_id("art"), n, a, row, at) for n, a in enumerate(r.artifacts)]
@@ -765,9 +769,23 @@ def finish(conn: Connection, results: Sequence[Success], worker: str | None = No
             for model in r.models:
                 insert_model(conn, _model_row(model, row, by_name, at))
         ran = worker or owners.get(r.job_id) or ""
-        attempts.append((r.job_id, r.attempt, ran, row.group_size, row.started_at, row.finished_at, "succeeded", None, told[id(r.phases)]))
+        if row.micro_batch is None:
+            # Claimed by an earlier release.
+            told = dumps(dict(r.phases)) if r.phases else None
+            attempts.append((r.job_id, r.attempt, ran, row.group_size, row.started_at, row.finished_at, "succeeded", None, told))
+        elif (group := groups.get(row.micro_batch)) is not None:
+            group["started_at"] = min(group["started_at"], row.started_at)
+            group["finished_at"] = max(group["finished_at"], row.finished_at)
+        else:
+            groups[row.micro_batch] = {
+                "id": row.micro_batch, "kind": row.kind, "queue": row.queue, "worker": ran, "jobs": row.group_size,
+                "started_at": row.started_at, "finished_at": row.finished_at, "phases": dict(r.phases) or None,
+            }  # fmt: skip
     insert_rows(conn, Artifact, _ARTIFACT, artifacts)
     insert_rows(conn, Attempt, _ATTEMPT, attempts)
+    if groups:
+        # In order: two commits may end parts of the same ones, and each waits for the other's row.
+        conn.execute(_micro_batch(dialect), [group for _, group in sorted(groups.items())])
     _ended(conn, list(done.values()), JobState.SUCCEEDED, at, reused={r.job_id for r in published if r.reused_from})
     _unblock(conn, list(done))
     return list(done)
@@ -784,8 +802,8 @@ def _succeeded(dialect: str, keyed: bool) -> Any:
         "lease_until": None,
     }  # fmt: skip
     columns = (
-        Job.c.id, Job.c.attempt, Job.c.project_id, Job.c.batch_id, Job.c.kind, Job.c.seed, Job.c.model, Job.c.group_size, Job.c.started_at,
-        Job.c.finished_at,
+        Job.c.id, Job.c.attempt, Job.c.project_id, Job.c.batch_id, Job.c.kind, Job.c.queue, Job.c.seed, Job.c.model, Job.c.group_size,
+        Job.c.micro_batch, Job.c.started_at, Job.c.finished_at,
     )  # fmt: skip
     named, *wanted = [*_fence(dialect), ~Job.c.cancel_requested]
     if dialect == "postgresql":
@@ -803,8 +821,13 @@ def _owners(dialect: str) -> Any:
     return select(Job.c.id, Job.c.lease_owner).where(among_given(dialect, Job.c.id, "p_ids"))
 
 
+@cache
+def _micro_batch(dialect: str) -> Any:
+    return upsert(dialect, MicroBatch).on_conflict_do_nothing()
+
+
 _ATTEMPT = ("job_id", "attempt", "worker", "group_size", "started_at", "finished_at", "outcome", "error", "phases")
-"""Columns of an attempt's row. It is written when the attempt ends; until then the job's own row says as much."""
+"""Columns of an attempt's row. It is written when the attempt ends without a result; until then, and if it succeeds, the job's own row says as much."""
 
 
 @cache
@@ -1044,7 +1067,7 @@ def _stopped(terminal: bool) -> Any:
     values = {
         "state": bindparam("p_state"), "error": bindparam("p_error", type_=Job.c.error.type), "tries": bindparam("p_tries", type_=Job.c.tries.type),
         "strikes": bindparam("p_strikes"), "group_limit": bindparam("p_limit"), "lease_owner": None, "lease_until": None, "dispatched_at": None,
-        "progress": None, "message": None, **({"finished_at": now()} if terminal else {"run_after": now() + bindparam("p_delay_s", type_=Double)}),
+        "micro_batch": None, "progress": None, "message": None, **({"finished_at": now()} if terminal else {"run_after": now() + bindparam("p_delay_s", type_=Double)}),
     }  # fmt: skip
     fence = (Job.c.id == bindparam("p_job"), Job.c.attempt == bindparam("p_attempt"), was(JobState.RUNNING))
     return update(Job).where(*fence).values(values).returning(now())

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from sqlalchemy import Connection, and_, func, select, text, tuple_
+from sqlalchemy import Connection, and_, case, func, select, text, tuple_
 
-from contentfactory.states import TERMINAL
-from db.models import Artifact, Attempt, Event, Job, Mark, Queue, Worker
+from contentfactory.states import TERMINAL, JobState
+from db.models import Artifact, Attempt, Event, Job, Mark, MicroBatch, Queue, Worker
 from db.session import now
 
 WORKER_SEEN_S = 60.0
@@ -204,6 +204,8 @@ def past(conn: Connection, after: int, limit: int = 500) -> Past:
 
 def _ended(conn: Connection, ends: Sequence[tuple[str, int | None, str | None, dict[str, Any]]]) -> tuple[Ended, ...]:
     out = []
+    # Whose attempt has no row of its own: what the members of a micro-batch share stands in its row.
+    shared = and_(Attempt.job_id.is_(None), Job.state == JobState.SUCCEEDED, Job.micro_batch.is_not(None))
     for start in range(0, len(ends), 400):
         chunk = ends[start : start + 400]
         jobs = {
@@ -211,9 +213,11 @@ def _ended(conn: Connection, ends: Sequence[tuple[str, int | None, str | None, d
             for row in conn.execute(
                 select(
                     Job.id, Job.kind, Job.queue, Job.priority, Job.created_at, Job.finished_at, Job.reused_from, Job.attempt,
-                    Attempt.group_size, Attempt.phases,
+                    func.coalesce(Attempt.group_size, case((shared, Job.group_size))).label("group_size"),
+                    func.coalesce(Attempt.phases, MicroBatch.phases).label("phases"),
                 )
                 .outerjoin(Attempt, and_(Attempt.job_id == Job.id, Attempt.attempt == Job.attempt))
+                .outerjoin(MicroBatch, and_(MicroBatch.id == Job.micro_batch, shared))
                 .where(Job.id.in_([e[0] for e in chunk]))
             )
         }  # fmt: skip

@@ -7,6 +7,7 @@ columns hold what is read back whole and never searched.
 from typing import Any, ClassVar
 
 from sqlalchemy import (
+    DDL,
     JSON,
     BigInteger,
     Boolean,
@@ -19,6 +20,7 @@ from sqlalchemy import (
     SmallInteger,
     String,
     UniqueConstraint,
+    event,
     false,
     text,
     true,
@@ -178,6 +180,8 @@ class Job(Base):
     tries: Mapped[dict[str, Any]] = mapped_column(default=dict, server_default=EMPTY)
     group_limit: Mapped[int] = mapped_column(default=0, server_default=ZERO)
     group_size: Mapped[int] = mapped_column(default=1, server_default=text("1"))
+    # Of its last claim; none while it waits, after an end without a result, and where an earlier release claimed it.
+    micro_batch: Mapped[int | None] = mapped_column(BigInteger)
     lease_owner: Mapped[str | None] = mapped_column(String(200))
     lease_until: Mapped[float | None]
     cancel_requested: Mapped[bool] = mapped_column(Boolean, default=False, server_default=false())
@@ -223,7 +227,11 @@ class Dependency(Base):
 
 
 class Attempt(Base):
-    """One claim of a job by a worker: what came of it and where the time went."""
+    """One claim of a job by a worker that had no result: what came of it and where the time went.
+
+    What succeeded has a row of its own only where a worker of an earlier release had claimed it; otherwise the job's row and that of its
+    `MicroBatch` say as much. The view ``ended_attempts`` shows both.
+    """
 
     __tablename__ = "attempts"
     job_id: Mapped[str] = mapped_column(ID, primary_key=True)
@@ -235,6 +243,41 @@ class Attempt(Base):
     outcome: Mapped[str | None] = mapped_column(String(16))
     error: Mapped[dict[str, Any] | None]
     phases: Mapped[dict[str, Any] | None]
+
+
+class MicroBatch(Base):
+    """Jobs that one claim took together, once the first of them has succeeded: who ran them and where the time went.
+
+    One row for all of them, in place of a row in ``attempts`` for each. ``jobs`` counts what was claimed, whatever came of the others;
+    times and phases are those of the members that the first commit published. ``Job.micro_batch`` points here.
+    """
+
+    __tablename__ = "micro_batches"
+    id: Mapped[int] = mapped_column(SERIAL, primary_key=True, autoincrement=False)
+    kind: Mapped[str] = mapped_column(String(80))
+    queue: Mapped[str] = mapped_column(String(40))
+    worker: Mapped[str] = mapped_column(String(200))
+    jobs: Mapped[int]
+    started_at: Mapped[float]
+    finished_at: Mapped[float] = mapped_column(index=True)
+    phases: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))
+
+
+ENDED_ATTEMPTS = """\
+CREATE VIEW ended_attempts AS
+SELECT job_id, attempt, worker, group_size, started_at, finished_at, outcome, error, phases FROM attempts
+UNION ALL
+SELECT j.id, j.attempt, coalesce(m.worker, ''), j.group_size, j.started_at, j.finished_at, 'succeeded', NULL, m.phases
+FROM jobs j LEFT JOIN micro_batches m ON m.id = j.micro_batch
+WHERE j.place = 'succeeded' AND j.micro_batch IS NOT NULL
+AND NOT EXISTS (SELECT 1 FROM attempts a WHERE a.job_id = j.id AND a.attempt = j.attempt)"""
+"""Every attempt that has ended, for those who read whole tables. Not for joins by job: SQLite would make all of its rows first.
+
+Where an earlier release ended a job's attempt or claimed it again, the number of the claim before may still stand in the job's row: the row in
+``attempts`` is right then.
+"""
+# Migrations make it too; this is for a schema that is made without them.
+event.listen(Base.metadata, "after_create", DDL(ENDED_ATTEMPTS))  # type: ignore[no-untyped-call]
 
 
 class Artifact(Base):

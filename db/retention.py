@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from sqlalchemy import Connection, String, cast, delete, or_, select, text, update
 
 from contentfactory.states import ACTIVE, TERMINAL
-from db.lifecycle import MARK_S
+from db.lifecycle import MARK_S, database_time
 from db.models import (
     Artifact,
     Attempt,
@@ -17,13 +17,17 @@ from db.models import (
     DoomedObject,
     Event,
     Job,
+    MicroBatch,
     ModelVersion,
 )
 from db.session import insert_for, now
 
+LATER_S = 86_400.0
+"""How much longer than a job the row of its micro-batch is kept: the last of its members may end a while after the first."""
+
 
 def expire_jobs(conn: Connection, older_than_s: float, limit: int = 500) -> int:
-    """Delete ended jobs that are old enough, with their artifacts' rows, attempts and events.
+    """Delete ended jobs that are old enough, with their artifacts' rows, attempts and events; `expire_micro_batches` follows.
 
     Jobs of a batch go only once the batch has finished; jobs that made a model version stay as long as the version does,
     and a job stays while another that is not ended waits for it or takes something from it.
@@ -56,6 +60,31 @@ def expire_jobs(conn: Connection, older_than_s: float, limit: int = 500) -> int:
     for table, column in ((Artifact, Artifact.job_id), (Attempt, Attempt.job_id), (Dependency, Dependency.job_id), (Event, Event.job_id)):
         conn.execute(delete(table).where(column.in_(ids)))
     conn.execute(delete(Job).where(Job.id.in_(ids)))
+    return len(ids)
+
+
+def expire_micro_batches(conn: Connection, older_than_s: float, limit: int = 500) -> int:
+    """Delete rows of micro-batches whose jobs have had their time.
+
+    By their own age, a day after that of their jobs: which jobs still point at one only a look at every job could tell, since an index
+    of ``jobs.micro_batch`` would be paid with each job. So a job that is kept for longer (its batch is open, another waits for it) loses
+    the name of its worker and its phases, which nothing but a look at the job needs; those that made a model version keep them.
+
+    Args:
+        conn: Connection in a write transaction.
+        older_than_s: Age of jobs that go, seconds.
+        limit: Most rows in one call.
+
+    Returns:
+        Number of rows deleted.
+    """
+    # Looked at once: PostgreSQL finds nothing by an index where the bound is a clock that runs.
+    edge = database_time(conn) - older_than_s - LATER_S
+    makers = select(Job.micro_batch).join(ModelVersion, ModelVersion.job_id == Job.id).where(Job.micro_batch.is_not(None))
+    old = select(MicroBatch.id).where(MicroBatch.finished_at < edge, MicroBatch.id.not_in(makers)).order_by(MicroBatch.finished_at).limit(limit)
+    ids = list(conn.execute(old).scalars())
+    if ids:
+        conn.execute(delete(MicroBatch).where(MicroBatch.id.in_(ids)))
     return len(ids)
 
 

@@ -17,6 +17,7 @@ DoomedObject: Any = models.DoomedObject.__table__
 Event: Any = models.Event.__table__
 Job: Any = models.Job.__table__
 Mark: Any = models.Mark.__table__
+MicroBatch: Any = models.MicroBatch.__table__
 ModelVersion: Any = models.ModelVersion.__table__
 Project: Any = models.Project.__table__
 Queue: Any = models.Queue.__table__

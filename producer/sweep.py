@@ -52,6 +52,7 @@ def sweep(settings: Settings, database: Database, store: ObjectStore, *, dry_run
     if settings.retention_days and not dry_run:
         age = settings.retention_days * 86400
         out.jobs = _all(database, partial(retention.expire_jobs, older_than_s=age))
+        _all(database, partial(retention.expire_micro_batches, older_than_s=age))
         out.batches = _all(database, partial(retention.expire_batches, older_than_s=age))
         out.inputs = database.run(partial(retention.expire_inputs, older_than_s=age))
         out.events = _all(database, partial(retention.expire_events, older_than_s=age))

@@ -23,8 +23,10 @@ MB_PER_1000, HANDLES_PER_1000 = 12.0, 4.0
 def ledger(database: Database) -> dict[str, list[Any]]:
     """Everything the checks need, read once."""
     queries = {
-        "jobs": "SELECT id, batch_id, kind, state, attempt, strikes, tries, error, cancel_requested, lease_owner, created_at, finished_at FROM jobs",
-        "attempts": "SELECT job_id, attempt, worker, group_size, started_at, finished_at, outcome, error FROM attempts",
+        "jobs": "SELECT id, batch_id, kind, state, attempt, strikes, tries, error, cancel_requested, lease_owner, created_at, finished_at, micro_batch, group_size "
+        "FROM jobs",
+        "attempts": "SELECT job_id, attempt, worker, group_size, started_at, finished_at, outcome, error FROM ended_attempts",
+        "micro_batches": "SELECT id, jobs FROM micro_batches",
         "artifacts": "SELECT job_id, attempt, role, name, object_key, sha256, size FROM artifacts WHERE job_id IS NOT NULL",
         "events": "SELECT at, type, batch_id, job_id FROM events",
         "batches": "SELECT id, state, total, finished_at FROM batches",
@@ -48,6 +50,7 @@ def check_ledger(data: dict[str, list[Any]], accepted: dict[str, str], *, expect
     attempts = defaultdict(list)
     for row in data["attempts"]:
         attempts[row["job_id"]].append(row)
+    sizes = {row["id"]: row["jobs"] for row in data["micro_batches"]}
     artifacts = defaultdict(list)
     for row in data["artifacts"]:
         artifacts[row["job_id"]].append(row)
@@ -75,11 +78,18 @@ def check_ledger(data: dict[str, list[Any]], accepted: dict[str, str], *, expect
                 out.append(f"I3: job {job_id} succeeded without an output")
             if {a["attempt"] for a in outputs} - {job["attempt"]}:
                 out.append(f"I4: job {job_id} holds outputs of attempts {sorted({a['attempt'] for a in outputs})}, its own is {job['attempt']}")
+            if sizes.get(job["micro_batch"]) != job["group_size"]:
+                out.append(f"I3: job {job_id} succeeded among {job['group_size']}, its micro-batch has {sizes.get(job['micro_batch'])}")
         else:
             if won:
                 out.append(f"I3: job {job_id} is {job['state']} though attempt {won[0]['attempt']} succeeded")
             if outputs:
                 out.append(f"I4: job {job_id} is {job['state']} and has outputs")
+            if job["micro_batch"] is not None and job["state"] in TERMINAL:
+                out.append(f"I3: job {job_id} is {job['state']} and names a micro-batch that succeeded")
+        # A success is read off the job's own row. So an earlier one, of a job that ended twice, shows as an attempt that is missing.
+        if job["state"] in TERMINAL and (numbers := sorted(a["attempt"] for a in attempts[job_id])) != list(range(1, job["attempt"] + 1)):
+            out.append(f"I3: job {job_id} is at attempt {job['attempt']}, on record are {numbers}")
         if job["state"] in TERMINAL and (job["lease_owner"] or job["finished_at"] is None):
             out.append(f"I6: ended job {job_id} has a lease or no end")
         policy = get_kind(job["kind"]).retry
@@ -164,10 +174,12 @@ LARGE = {
     "rows_named": "SELECT count(DISTINCT custom_id) FROM jobs WHERE batch_id = :b AND custom_id ~ '^r[0-9]+$' AND substr(custom_id, 2)::bigint < :n",
     "succeeded": "SELECT count(*) FROM jobs WHERE batch_id = :b AND state = 'succeeded'",
     "jobs_of_others": "SELECT count(*) FROM jobs WHERE batch_id IS DISTINCT FROM :b",
-    "attempts": "SELECT count(*) FROM attempts",
-    "attempts_open": "SELECT count(*) FROM attempts WHERE finished_at IS NULL",
-    "attempts_succeeded": "SELECT count(*) FROM attempts a JOIN jobs j ON j.id = a.job_id AND j.attempt = a.attempt WHERE a.outcome = 'succeeded'",
-    "attempts_succeeded_in_all": "SELECT count(*) FROM attempts WHERE outcome = 'succeeded'",
+    "attempts": "SELECT count(*) FROM ended_attempts",
+    "attempts_open": "SELECT count(*) FROM ended_attempts WHERE finished_at IS NULL",
+    "attempts_succeeded": "SELECT count(*) FROM ended_attempts a JOIN jobs j ON j.id = a.job_id AND j.attempt = a.attempt WHERE a.outcome = 'succeeded'",
+    "attempts_succeeded_in_all": "SELECT count(*) FROM ended_attempts WHERE outcome = 'succeeded'",
+    "attempts_of_their_micro_batch": "SELECT count(*) FROM jobs j JOIN micro_batches m ON m.id = j.micro_batch AND m.jobs = j.group_size WHERE j.state = 'succeeded'",
+    "attempts_on_record": "SELECT coalesce(sum(attempt), 0) FROM jobs",
     "jobs_tried_again": "SELECT count(*) FROM jobs WHERE attempt > 1",
     "outputs": "SELECT count(*) FROM artifacts WHERE role = 'output'",
     "outputs_of_their_job": "SELECT count(*) FROM artifacts a JOIN jobs j ON j.id = a.job_id AND j.attempt = a.attempt WHERE a.role = 'output' "
@@ -186,9 +198,10 @@ def check_large(database: Database, batch_id: str, n: int) -> tuple[list[str], d
     with database.read() as conn:
         found = {name: int(conn.execute(text(query), {"b": batch_id, "n": n} if ":n" in query else {"b": batch_id} if ":b" in query else {}).scalar() or 0)
                  for name, query in LARGE.items()}  # fmt: skip
-    wanted = dict.fromkeys(("jobs", "rows_named", "succeeded", "attempts_succeeded", "attempts_succeeded_in_all", "outputs", "outputs_of_their_job",
+    wanted = dict.fromkeys(("jobs", "rows_named", "succeeded", "attempts_succeeded", "attempts_succeeded_in_all", "attempts_of_their_micro_batch",
+                            "outputs", "outputs_of_their_job",
                             "counted_total", "counted_succeeded", "batch_total"), n)  # fmt: skip
-    wanted |= {"jobs_of_others": 0, "attempts_open": 0, "counted_else": 0, "times_finished": 1}
+    wanted |= {"attempts": found["attempts_on_record"], "jobs_of_others": 0, "attempts_open": 0, "counted_else": 0, "times_finished": 1}
     names = {"counted": "I12", "batch": "I12", "times": "I12", "attempts": "I3", "outputs": "I3"}
     return [
         f"{names.get(name.partition('_')[0], 'I1')}: {name} is {found[name]:,} and had to be {value:,}" for name, value in wanted.items() if found[name] != value

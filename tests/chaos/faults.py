@@ -820,7 +820,7 @@ def poison(scene: Scene, jobs: int, report: Report) -> None:
         report.violations.append(f"I9: the 32 did not end: {scene.states()}")
     with scene.database.read() as conn:
         found = {r.id: r for r in conn.execute(text("SELECT id, state, attempt, strikes, error FROM jobs"))}
-        sizes = [r.group_size for r in conn.execute(text("SELECT group_size FROM attempts WHERE attempt = 1"))]
+        sizes = [r.group_size for r in conn.execute(text("SELECT group_size FROM ended_attempts WHERE attempt = 1"))]
     bad = found[culprit]
     others = [r for r in found.values() if r.id != culprit]
     report.notes["among_32"] = {

@@ -8,14 +8,14 @@ import time
 
 import pytest
 from pydantic import Field
-from sqlalchemy import select, update
+from sqlalchemy import select, text, update
 
 from contentfactory.errors import InputError, ServiceUnavailable, TransientError
 from contentfactory.jobs import spec as specs
 from contentfactory.jobs.spec import OutputRef, Params, Text, kind
 from contentfactory.settings import load_settings
 from db import jobs, lifecycle
-from db.models import Attempt, Event, Job
+from db.models import Event, Job, MicroBatch
 from storage.memory import MemoryStore
 from worker import runners
 from worker.context import Failure, Output
@@ -114,7 +114,7 @@ def test_a_group_is_run_once_and_committed(database, executor, act):
     assert seen == [["one", "two", "three"]]
     assert contents(database, executor, ids[1]) == ["two:1"]
     with database.read() as conn:
-        phases = conn.execute(select(Attempt.phases).where(Attempt.job_id == ids[0])).scalar()
+        [phases] = conn.execute(select(MicroBatch.phases)).scalars()
     assert {"wait_s", "inputs_s", "compute_s", "upload_s"} <= set(phases)
 
 
@@ -438,7 +438,7 @@ def test_a_cancelled_job_does_not_wait_for_its_neighbours(database, executor, ma
     assert states(database, [gone, neighbour]) == ["cancelled", "succeeded"]
     with database.read() as conn:
         assert set(jobs.artifacts(conn, [gone, neighbour])) == {neighbour}
-        assert dict(conn.execute(select(Attempt.job_id, Attempt.outcome)).all()) == {gone: "cancelled", neighbour: "succeeded"}
+        assert dict(conn.execute(text("SELECT job_id, outcome FROM ended_attempts")).all()) == {gone: "cancelled", neighbour: "succeeded"}
         ends = conn.execute(select(Event.type).where(Event.job_id == gone, Event.type != "job.accepted")).scalars().all()
         assert ends == ["job.cancelled"]
 

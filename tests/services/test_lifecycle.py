@@ -5,14 +5,14 @@ from collections import Counter
 from dataclasses import replace
 
 import pytest
-from sqlalchemy import func, insert, select, update
+from sqlalchemy import func, insert, select, text, update
 
 from contentfactory.ids import new_id
 from contentfactory.jobs.spec import get_kind
 from contentfactory.states import JobState
-from db import batches, jobs, lifecycle, migrate, projects, waiting
+from db import batches, jobs, lifecycle, measurements, migrate, projects, waiting
 from db.lifecycle import NewArtifact, Stop, Success
-from db.models import Artifact, Attempt, Batch, Event, Job, Mark, Share
+from db.models import Artifact, Attempt, Batch, Event, Job, Mark, MicroBatch, Share
 from db.session import now
 from producer.publish import BANDS, band
 
@@ -89,7 +89,7 @@ def test_a_job_goes_its_way(database, make_jobs):
     assert row["state"] == "succeeded" and row["finished_at"] >= row["started_at"] > 0 and row["lease_owner"] is None
     with database.read() as conn:
         assert [a["name"] for a in jobs.artifacts(conn, [job])[job]] == ["text.txt"]
-        assert conn.execute(select(Attempt.outcome).where(Attempt.job_id == job)).scalars().all() == ["succeeded"]
+        assert [a["outcome"] for a in jobs.attempts(conn, job)] == ["succeeded"]
 
 
 def test_groups_share_what_may_be_shared_and_no_more(database, make_jobs):
@@ -476,6 +476,148 @@ def test_the_attempt_of_an_earlier_releases_worker_is_closed(database, make_jobs
     with database.read() as conn:
         [attempt] = jobs.attempts(conn, job)
     assert attempt["outcome"] == "crash" and attempt["finished_at"] is not None
+
+
+def ended_attempts(database):
+    with database.read() as conn:
+        return conn.execute(text("SELECT * FROM ended_attempts ORDER BY job_id, attempt")).mappings().all()
+
+
+def micro_batches(database):
+    with database.read() as conn:
+        return conn.execute(select(MicroBatch.__table__)).mappings().all()
+
+
+def test_a_micro_batch_that_succeeds_is_one_row(database, make_jobs):
+    ids = make_jobs(5)
+    [hint] = dispatch(database)
+    held = claim(database, hint.ids, "w7")
+    assert finish(database, held, phases={"compute_s": 2.0}) == ids
+    [row] = micro_batches(database)
+    assert [row[k] for k in ("kind", "queue", "worker", "jobs", "phases")] == ["text.echo", "text", "w7", 5, {"compute_s": 2.0}]
+    told = [row_of(database, i) for i in ids]
+    assert {t["micro_batch"] for t in told} == {row["id"]}
+    assert row["started_at"] == min(t["started_at"] for t in told) and row["finished_at"] == max(t["finished_at"] for t in told)
+    with database.read() as conn:
+        assert conn.execute(select(func.count()).select_from(Attempt)).scalar() == 0
+        [attempt] = jobs.attempts(conn, ids[3])
+    assert dict(attempt) == {
+        "attempt": 1, "worker": "w7", "group_size": 5, "started_at": told[3]["started_at"], "finished_at": told[3]["finished_at"],
+        "outcome": "succeeded", "error": None, "phases": {"compute_s": 2.0},
+    }  # fmt: skip
+    seen = ended_attempts(database)
+    assert [s["job_id"] for s in seen] == ids
+    assert {(s["attempt"], s["worker"], s["group_size"], s["outcome"], s["error"]) for s in seen} == {(1, "w7", 5, "succeeded", None)}
+
+
+def test_each_claim_is_a_micro_batch_of_its_own(database, make_jobs):
+    ids = make_jobs(4)
+    dispatch(database)
+    first, second = claim(database, ids[:2]), claim(database, ids[2:])
+    # What came back from two claims may be committed at once.
+    assert set(finish(database, [*first, *second])) == set(ids)
+    rows = micro_batches(database)
+    assert [r["jobs"] for r in rows] == [2, 2] and [r["phases"] for r in rows] == [None, None]
+    with database.read() as conn:
+        assert conn.execute(text("SELECT count(*) FROM micro_batches WHERE phases IS NULL")).scalar() == 2
+
+
+def test_a_job_that_failed_and_then_succeeded_shows_both(database, make_jobs):
+    [job, other] = make_jobs(2)
+    dispatch(database)
+    [one, two] = claim(database, [job, other], "w1")
+    assert fail(database, one, "transient") == "queued"
+    assert row_of(database, job)["micro_batch"] is None
+    finish(database, [two])
+    make_due(database, job)
+    dispatch(database)
+    [again] = claim(database, [job], "w2")
+    with database.read() as conn:
+        assert [(a["attempt"], a["outcome"], a["worker"]) for a in jobs.attempts(conn, job)] == [(1, "transient", "w1"), (2, None, "w2")]
+    finish(database, [again])
+    with database.read() as conn:
+        told = jobs.attempts(conn, job)
+    assert [(a["attempt"], a["outcome"], a["worker"], a["group_size"]) for a in told] == [(1, "transient", "w1", 2), (2, "succeeded", "w2", 1)]
+    assert told[0]["error"]["code"] == "transient"
+    seen = [(s["attempt"], s["outcome"], s["worker"]) for s in ended_attempts(database) if s["job_id"] == job]
+    assert seen == [(1, "transient", "w1"), (2, "succeeded", "w2")]
+    # The half of the first claim that succeeded counts what was claimed.
+    assert sorted(r["jobs"] for r in micro_batches(database)) == [1, 2]
+
+
+def test_two_commits_of_one_claim_are_one_row(database, make_jobs):
+    ids = make_jobs(3)
+    dispatch(database)
+    held = claim(database, ids)
+    finish(database, held[:1], phases={"compute_s": 1.0})
+    # The others run on, and what their neighbour took is not theirs yet.
+    with database.read() as conn:
+        assert [(a["outcome"], a["phases"]) for a in jobs.attempts(conn, ids[1])] == [(None, None)]
+    finish(database, held[1:2], phases={"compute_s": 9.0})
+    assert fail(database, held[2], "input") == "failed"
+    [row] = micro_batches(database)
+    assert (row["jobs"], row["phases"]) == (3, {"compute_s": 1.0})
+    assert [(s["group_size"], s["outcome"]) for s in ended_attempts(database)] == [(3, "succeeded"), (3, "succeeded"), (3, "input")]
+    assert [row_of(database, i)["micro_batch"] for i in ids] == [row["id"], row["id"], None]
+
+
+def test_what_an_earlier_release_claimed_keeps_an_attempt_of_its_own(database, make_jobs):
+    ids = make_jobs(2)
+    dispatch(database)
+    held = claim(database, ids, "old")
+    with database.write() as conn:
+        conn.execute(update(Job).values(micro_batch=None))
+    finish(database, held, phases={"compute_s": 1.0})
+    assert micro_batches(database) == []
+    with database.read() as conn:
+        assert conn.execute(select(func.count()).select_from(Attempt)).scalar() == 2
+        [attempt] = jobs.attempts(conn, ids[0])
+    assert (attempt["worker"], attempt["outcome"], attempt["group_size"], attempt["phases"]) == ("old", "succeeded", 2, {"compute_s": 1.0})
+    assert len(ended_attempts(database)) == 2
+
+
+def test_a_number_that_an_earlier_release_left_in_a_job_is_not_believed(database, make_jobs):
+    # Its reaper ended the first attempt and its worker made the second: neither knows of the column.
+    [job, other] = make_jobs(2)
+    dispatch(database)
+    [_, two] = claim(database, [job, other], "w1")
+    finish(database, [two], phases={"compute_s": 5.0})
+    with database.write() as conn:
+        conn.execute(update(Job).where(Job.id == job).values(state="succeeded", attempt=2, group_size=1, started_at=now(), finished_at=now()))
+        for n, outcome in enumerate(("crash", "succeeded"), start=1):
+            conn.execute(insert(Attempt).values(job_id=job, attempt=n, worker="old", group_size=1, started_at=1.0, finished_at=2.0, outcome=outcome))
+        lifecycle.add_event(conn, "job.succeeded", job_id=job)
+        conn.execute(update(Event).values(at=1.0))
+    with database.read() as conn:
+        assert [(a["attempt"], a["outcome"], a["worker"]) for a in jobs.attempts(conn, job)] == [(1, "crash", "old"), (2, "succeeded", "old")]
+        told = {e.group_size: e.phases for e in measurements.past(conn, 0).ended}
+    assert told == {2: {"compute_s": 5.0}, 1: {}}
+    assert [(s["attempt"], s["worker"]) for s in ended_attempts(database) if s["job_id"] == job] == [(1, "old"), (2, "old")]
+
+
+def test_figures_of_a_job_are_those_of_its_micro_batch(database, make_jobs):
+    ids = make_jobs(4)
+    dispatch(database)
+    held = claim(database, ids)
+    error = {"type": "transient", "code": "storage", "message": "later"}
+    database.run(lambda conn: lifecycle.stop(conn, Stop(ids[0], 1, error, {"compute_s": 1.0})))
+    finish(database, held[1:3], phases={"compute_s": 3.0})
+    make_due(database, ids[0])
+    finish(database, claim(database, ids[:1]), phases={"compute_s": 0.5})
+    with database.write() as conn:
+        conn.execute(update(Event).values(at=1.0))
+    with database.read() as conn:
+        ended = measurements.past(conn, 0).ended
+    told = sorted((e.state or "", e.group_size, e.phases["compute_s"]) for e in ended)
+    assert told == [("", 4, 1.0), ("succeeded", 1, 0.5), ("succeeded", 4, 3.0), ("succeeded", 4, 3.0)]
+    # The row has gone with its time: the job is told without it.
+    with database.write() as conn:
+        conn.execute(MicroBatch.__table__.delete())
+    with database.read() as conn:
+        assert sorted((e.group_size, e.phases) for e in measurements.past(conn, 0).ended if e.state) == [(1, {}), (4, {}), (4, {})]
+        [attempt] = jobs.attempts(conn, ids[1])
+    assert (attempt["outcome"], attempt["worker"], attempt["group_size"], attempt["phases"]) == ("succeeded", "", 4, None)
+    assert len([s for s in ended_attempts(database) if s["outcome"] == "succeeded"]) == 3
 
 
 def test_lost_hints_are_sent_again(database, make_jobs):

@@ -30,7 +30,7 @@ from contentfactory.jobs.spec import get_kind
 from contentfactory.states import TERMINAL, TRANSITIONS, JobState
 from db import batches, lifecycle, migrate, projects, waiting
 from db.lifecycle import NewArtifact, NewJob, Stop, Success
-from db.models import Artifact, Attempt, Base, Batch, Event, Job, Mark
+from db.models import Artifact, Attempt, Base, Batch, Event, Job, Mark, MicroBatch
 from db.session import Database
 
 EPOCH, DAY = 1_700_000_000.0, 86_400.0
@@ -592,11 +592,16 @@ class Lifecycle(RuleBasedStateMachine):
             return
         with self.clock.database.read() as conn:
             rows = conn.execute(
-                select(Job.id, Job.state, Job.attempt, Job.strikes, Job.cancel_requested, Job.group_limit, Job.priority, Job.lease_owner)
-            ).all()
+                select(
+                    Job.id, Job.state, Job.attempt, Job.strikes, Job.cancel_requested, Job.group_limit, Job.priority, Job.lease_owner,
+                    Job.micro_batch, Job.group_size,
+                )
+            ).all()  # fmt: skip
             attempts: dict[str, list[Any]] = {}
-            for row in conn.execute(select(Attempt.job_id, Attempt.attempt, Attempt.outcome).order_by(Attempt.job_id, Attempt.attempt)):
+            for row in conn.execute(text("SELECT job_id, attempt, outcome FROM ended_attempts ORDER BY job_id, attempt")):
                 attempts.setdefault(row.job_id, []).append((row.attempt, row.outcome))
+            sizes = dict(conn.execute(select(MicroBatch.id, MicroBatch.jobs)).all())
+            assert conn.execute(select(Attempt.job_id).where(Attempt.outcome == "succeeded")).all() == []
         assert {row.id for row in rows} == set(self.jobs)
         for row in rows:
             one = self.jobs[row.id]
@@ -607,6 +612,9 @@ class Lifecycle(RuleBasedStateMachine):
             ended = [(n, outcome) for n, outcome in enumerate(one.outcomes, start=1) if outcome is not None]
             assert attempts.get(row.id, []) == ended
             assert one.strikes <= get_kind(KIND).retry.strikes
+            assert (row.micro_batch is not None) == (one.state in (JobState.RUNNING, JobState.SUCCEEDED))
+            if one.state == JobState.SUCCEEDED:
+                assert sizes[row.micro_batch] == row.group_size == one.size
 
     @invariant()
     def results_are_of_one_attempt(self) -> None:

@@ -6,11 +6,13 @@ import pytest
 from sqlalchemy import text
 
 from contentfactory.ids import new_id
-from db import lifecycle, migrate
+from db import jobs, lifecycle, migrate, models
 from db.session import Database
 
 FIRST = "0001"
 TABLES = ("projects", "batches", "jobs", "job_dependencies", "attempts", "artifacts", "events", "batch_counts", "shares")
+LATER = {("jobs", "place"), ("jobs", "micro_batch")}
+"""Columns that the first release did not have."""
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
@@ -50,10 +52,10 @@ def fill(database: Database, jobs: int = 5) -> None:
 
 
 def contents(database: Database) -> dict[str, list[Any]]:
-    """Every row of every table; not the place of a job, which is computed from its state and came later."""
+    """Every row of every table, in the columns that the first release had."""
     with database.read() as conn:
         rows = {t: conn.execute(text(f"SELECT * FROM {t}")).mappings().all() for t in TABLES}
-    return {t: sorted(tuple(str(v) for k, v in row.items() if (t, k) != ("jobs", "place")) for row in found) for t, found in rows.items()}
+    return {t: sorted(tuple(str(v) for k, v in row.items() if (t, k) not in LATER) for row in found) for t, found in rows.items()}
 
 
 def test_rows_go_through_every_migration(empty):
@@ -92,3 +94,39 @@ def test_each_migration_can_be_taken_alone(empty):
     for revision in revisions[-2::-1]:
         migrate.downgrade(empty, revision)
         assert migrate.current(empty) == revision
+
+
+def test_successes_keep_their_attempts_on_the_way_back(empty):
+    """An earlier release looks for them among the attempts, and finds those of before the migration and of after it."""
+    migrate.upgrade(empty, "0006")
+    fill(empty)
+    migrate.upgrade(empty)
+    rows = [
+        lifecycle.NewJob(id=new_id("job"), project_id="p", kind="text.echo", queue="text", params={}, share_key="k", seconds=1.0, seed=n)
+        for n in range(3)
+    ]
+    ids = [row.id for row in rows]
+    empty.run(lambda conn: lifecycle.insert_jobs(conn, rows, fresh=True))
+    claimed = empty.run(lambda conn: lifecycle.claim(conn, ids, "w", 30.0))
+    results = [lifecycle.Success(c.id, c.attempt, phases={"compute_s": 1.0}) for c in claimed[:2]]
+    empty.run(lambda conn: lifecycle.finish(conn, results))
+    migrate.downgrade(empty, "0006")
+    with empty.read() as conn:
+        found = conn.execute(text("SELECT job_id, attempt, worker, group_size, outcome FROM attempts ORDER BY job_id")).all()
+        assert [tuple(row) for row in found] == [(f"job_{2:032x}", 1, "w", 1, None), (ids[0], 1, "w", 3, "succeeded"), (ids[1], 1, "w", 3, "succeeded")]
+    migrate.upgrade(empty)
+    assert migrate.differences(empty) == []
+    with empty.read() as conn:
+        assert [a["outcome"] for a in jobs.attempts(conn, ids[0])] == ["succeeded"]
+        assert conn.execute(text("SELECT count(*) FROM ended_attempts")).scalar() == 3
+
+
+def test_the_view_of_the_models_is_that_of_the_migrations(empty):
+    """Alembic compares tables only."""
+    query = "SELECT pg_get_viewdef('ended_attempts')" if not empty.sqlite else "SELECT sql FROM sqlite_master WHERE name = 'ended_attempts'"
+    migrate.upgrade(empty)
+    with empty.write() as conn:
+        migrated = conn.execute(text(query)).scalar()
+        conn.execute(text("DROP VIEW ended_attempts"))
+        conn.execute(text(models.ENDED_ATTEMPTS))
+        assert conn.execute(text(query)).scalar() == migrated

@@ -4,14 +4,14 @@ import os
 import time
 
 import pytest
-from sqlalchemy import func, select, update
+from sqlalchemy import func, insert, select, text, update
 
 from contentfactory.errors import Conflict, NotFound, TransientError
 from contentfactory.ids import new_id
 from contentfactory.settings import load_settings
 from db import batches, jobs, lifecycle, migrate, registry, retention
 from db.lifecycle import NewArtifact, Stop, Success
-from db.models import Artifact, Attempt, Batch, DoomedObject, Event, Job
+from db.models import Artifact, Batch, DoomedObject, Event, Job, MicroBatch, ModelVersion
 from db.session import now
 from producer.enqueue import Producer
 from producer.sweep import sweep
@@ -107,7 +107,35 @@ def test_ended_jobs_go_after_their_time_with_everything_of_theirs(database, proj
     with database.read() as conn:
         assert set(conn.execute(select(Job.id)).scalars()) == {*fresh, *waiting}
         assert set(conn.execute(select(Artifact.job_id)).scalars()) == set(fresh)
-        assert set(conn.execute(select(Attempt.job_id)).scalars()) == set(fresh)
+        assert set(conn.execute(text("SELECT job_id FROM ended_attempts")).scalars()) == set(fresh)
+
+
+def test_micro_batches_go_a_day_after_their_jobs(database, project, make_jobs, store, settings):
+    old, late, kept, fresh = (make_jobs(2) for _ in range(4))
+    for n, ids in enumerate((old, late, kept, fresh)):
+        end(database, ids, put(store, project, b"%d" % n))
+    database.run(
+        lambda conn: registry.add_model(conn, project, "m", engine="flow", tasks=["image.generate"], files={}, options={}, lineage={})
+    )
+    with database.write() as conn:
+        conn.execute(update(ModelVersion).values(job_id=kept[0]))
+        for ids, days in ((old, 2.1), (late, 1.9), (kept, 9)):
+            conn.execute(update(Job).where(Job.id.in_(ids)).values(finished_at=now() - days * 86400))
+            number = select(Job.micro_batch).where(Job.id == ids[0]).scalar_subquery()
+            conn.execute(update(MicroBatch).where(MicroBatch.id == number).values(finished_at=now() - days * 86400))
+        # One of a batch that is still open: its job outlives the row.
+        conn.execute(insert(MicroBatch).values(id=1, kind="k", queue="text", worker="w", jobs=1, started_at=1.0, finished_at=2.0))
+        batches.create(conn, new_id("batch"), project, "b", source={}, digest=None, priority=0)
+        conn.execute(update(Job).where(Job.id == fresh[1]).values(micro_batch=1, finished_at=2.0, batch_id=select(Batch.id).scalar_subquery()))
+    assert sweep(settings, database, store).jobs == 5
+    with database.read() as conn:
+        pointed = dict(conn.execute(select(Job.id, Job.micro_batch)).all())
+        assert set(pointed) == {kept[0], *fresh}
+        left = set(conn.execute(select(MicroBatch.id)).scalars())
+        # That of the late ones waits another day.
+        assert left > {pointed[kept[0]], pointed[fresh[0]]} and len(left) == 3
+        assert [(a["outcome"], a["worker"]) for a in jobs.attempts(conn, kept[0])] == [("succeeded", "w")]
+        assert [(a["outcome"], a["worker"]) for a in jobs.attempts(conn, fresh[1])] == [("succeeded", "")]
 
 
 def test_what_others_wait_for_stays(database, project, make_jobs, store, settings):

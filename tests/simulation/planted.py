@@ -4,6 +4,7 @@ A checker that finds nothing is worth what it would find. Each entry names the b
 how many histories it may take.
 """
 
+import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -95,7 +96,8 @@ def _seize(conn: Any, ids: Any, worker: str, lease_s: float, kind: str | None, *
         update(Job)
         .where(Job.id.in_(list(ids)), Job.run_after <= now(), *(where or (waiting,)))
         .values(
-            state=JobState.RUNNING, attempt=Job.attempt + 1, lease_owner=worker, lease_until=now() + lease_s, started_at=now(), group_size=1
+            state=JobState.RUNNING, attempt=Job.attempt + 1, lease_owner=worker, lease_until=now() + lease_s, started_at=now(), group_size=1,
+            micro_batch=secrets.randbits(62),
         )
         .returning(Job.id, Job.attempt)
     ).all()  # fmt: skip

@@ -376,7 +376,7 @@ class History:
         steps = stage.ledger.rows(
             "SELECT at, actor, what, id, old, new, attempt, owner, cancel, strikes, note FROM sim_log ORDER BY n"
         )
-        outcomes = stage.ledger.rows("SELECT coalesce(outcome, 'open'), count(*) FROM attempts GROUP BY 1")
+        outcomes = stage.ledger.rows("SELECT coalesce(outcome, 'open'), count(*) FROM ended_attempts GROUP BY 1")
         stage.facts["outcomes"] = Counter(dict(outcomes))
         jobs = stage.ledger.rows("SELECT count(*) FROM jobs")[0][0]
         stage.close()
@@ -451,7 +451,9 @@ class Checker:
         with self.stage.ledger.transaction():
             self.jobs = {r["id"]: dict(r) for r in connection.execute(text("SELECT * FROM jobs")).mappings()}
             self.artifacts = [dict(r) for r in connection.execute(text("SELECT * FROM artifacts")).mappings()]
-            self.attempts = [dict(r) for r in connection.execute(text("SELECT * FROM attempts")).mappings()]
+            self.attempts = [dict(r) for r in connection.execute(text("SELECT * FROM ended_attempts ORDER BY job_id, attempt")).mappings()]
+            self.sizes = dict(connection.execute(text("SELECT id, jobs FROM micro_batches")).all())
+            self.doubled = connection.execute(text("SELECT job_id, attempt FROM attempts WHERE outcome = 'succeeded'")).all()
             self.batches = [dict(r) for r in connection.execute(text("SELECT * FROM batches")).mappings()]
         self.steps = [
             dict(zip(("n", "at", "actor", "what", "id", "old", "new", "attempt", "owner", "cancel", "strikes", "note"), row, strict=True))
@@ -597,8 +599,14 @@ class Checker:
         for (job, name), n in names.items():
             if n > 1:
                 self.fail("I3", f"{job} has {n} artifacts named {name}")
+        for one, attempt in self.doubled:
+            self.fail("I3", f"attempt {attempt} of {one} succeeded and has a row of its own beside its micro-batch's")
         for job in self.jobs.values():
             mine = outputs[job["id"]]
+            if job["state"] == "succeeded" and self.sizes.get(job["micro_batch"]) != job["group_size"]:
+                self.fail("I3", f"{job['id']} succeeded among {job['group_size']}, its micro-batch has {self.sizes.get(job['micro_batch'])}")
+            if (job["micro_batch"] is not None) != (job["state"] in ("running", "succeeded")):
+                self.fail("I3", f"{job['id']} is {job['state']} and its micro-batch is {job['micro_batch']}")
             if job["state"] != "succeeded":
                 if mine:
                     self.fail("I11" if job["state"] == "cancelled" else "I3", f"{job['id']} is {job['state']} and has a result")

@@ -31,7 +31,7 @@ def history(**change):
     jobs = [
         {
             "id": i, "batch_id": "b", "kind": "text.echo", "state": "succeeded", "attempt": 1, "strikes": 0, "tries": {}, "error": None,
-            "cancel_requested": False, "lease_owner": None, "created_at": 0.0, "finished_at": 2.0,
+            "cancel_requested": False, "lease_owner": None, "created_at": 0.0, "finished_at": 2.0, "micro_batch": 7, "group_size": 2,
         }
         for i in ("j1", "j2")
     ]  # fmt: skip
@@ -41,6 +41,7 @@ def history(**change):
             {"job_id": j["id"], "attempt": 1, "worker": "h/w/77-x", "group_size": 2, "started_at": 1.0, "finished_at": 2.0, "outcome": "succeeded", "error": None}
             for j in jobs
         ],
+        "micro_batches": [{"id": 7, "jobs": 2}],
         "artifacts": [{"job_id": j["id"], "attempt": 1, "role": "output", "name": "t", "object_key": "k", "sha256": "", "size": 1} for j in jobs],
         "events": [{"at": 2.0, "type": "batch.completed", "batch_id": "b", "job_id": None}],
         "batches": [{"id": "b", "state": "completed", "total": 2, "finished_at": 2.0}],
@@ -73,6 +74,11 @@ def test_a_good_history_passes():
         ("I1", "attempts", lambda t: t[0].update(finished_at=None)),
         ("I2", "jobs", lambda t: t.append({**t[0], "id": "j3"})),
         ("I3", "attempts", lambda t: t.append({**t[0], "attempt": 2})),
+        ("I3", "attempts", lambda t: t.pop()),
+        ("I3", "jobs", lambda t: t[0].update(attempt=2)),
+        ("I3", "jobs", lambda t: t[0].update(micro_batch=None)),
+        ("I3", "micro_batches", lambda t: t.pop()),
+        ("I3", "micro_batches", lambda t: t[0].update(jobs=3)),
         ("I3", "artifacts", lambda t: t.pop()),
         ("I4", "artifacts", lambda t: t[0].update(attempt=2)),
         ("I4", "audit", lambda t: t.append({**t[0], "old": "running", "new": "running", "attempt": 2})),

@@ -1,6 +1,7 @@
 """One history: drawn from a seed, played, and checked when all is quiet."""
 
 import gc
+import shutil
 import hashlib
 import tempfile
 from collections import Counter, defaultdict
@@ -96,6 +97,8 @@ class Simulation:
         self.played += 1
         if self.played % 50 == 0:
             gc.collect()
+        # Names of folders repeat from history to history: what a killed worker left in one would be in the way in another.
+        shutil.rmtree(self.settings.scratch, ignore_errors=True)
         return History(stage, self.settings).play()
 
 

@@ -1,8 +1,8 @@
 """One history: drawn from a seed, played, and checked when all is quiet."""
 
 import gc
-import shutil
 import hashlib
+import shutil
 import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Iterator

@@ -84,6 +84,14 @@ def test_a_hint_that_waits_goes_first(database, make_jobs, executor, broker):
     assert states(database)["succeeded"] == FULL and broker.asked == 1
 
 
+def test_nothing_is_looked_for_after_a_job_that_came_alone(database, make_jobs, executor, broker):
+    ids = make_jobs(1, kind="text.echo", params={"text": "a"}, seconds=1e-6)
+    hint = first(database)
+    assert list(hint.ids) == ids
+    executor.run("text.echo", hint.ids)
+    assert broker.asked == 0
+
+
 def test_a_broker_that_is_away_is_waited_for(database, make_jobs, executor, broker):
     make_jobs(2 * FULL, kind="text.echo", params={"text": "a"}, seconds=1e-6)
     hint = first(database, max_jobs=1)
@@ -114,12 +122,12 @@ def test_a_worker_that_drains_takes_nothing_more(database, make_jobs, executor, 
 
 
 def test_another_kind_is_left_to_its_hint(database, make_jobs, executor, broker):
-    make_jobs(1, kind="text.echo", params={"text": "a"}, seconds=1e-6)
+    make_jobs(2, kind="text.echo", params={"text": "a"}, seconds=1e-6)
     make_jobs(1, kind="text.embed", params={"input": ["b"]}, share_key="e", seconds=1e-6)
     hint = first(database, max_jobs=1)
     executor.run(hint.kind, hint.ids)
     executor.finishers.submit(lambda: None).result()
-    assert states(database)["succeeded"] == 1
+    assert states(database)["succeeded"] == 2
     assert [h.kind for h in broker.sent] == ["text.embed"]  # whoever stayed sees to it that it goes on
 
 

@@ -52,7 +52,7 @@ def make_jobs(database: Database, project: str) -> Callable[..., list[str]]:
                 **{k: v for k, v in fields.items() if k != "params"},
             }  # fmt: skip
             rows.append(lifecycle.NewJob(**row))
-        database.run(lambda conn: lifecycle.insert_jobs(conn, rows, fresh=True))
+        database.run(lambda conn: lifecycle.insert_jobs(conn, rows, fresh=n > 8))
         return [row.id for row in rows]
 
     return make

@@ -5,6 +5,7 @@ becomes the command. That is safe in a parent with threads, where ``preexec_fn``
 """
 
 import ctypes
+import gc
 import os
 import signal
 import sys
@@ -38,6 +39,16 @@ def die_with_parent(parent: int | None = None, sig: signal.Signals = signal.SIGK
 def tied(command: list[str]) -> list[str]:
     """The command line that runs ``command`` so that it dies with the thread that starts it."""
     return [sys.executable, "-I", "-S", os.path.abspath(__file__), str(os.getpid()), *command]
+
+
+def collect_rarely() -> None:
+    """Look for cycles of objects as seldom as a process can afford that makes thousands of small ones at a time and hardly a cycle.
+
+    Call it once all is loaded: what is alive then is never looked through again.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
 
 
 if __name__ == "__main__":

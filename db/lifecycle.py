@@ -31,8 +31,9 @@ from sqlalchemy import (
 from contentfactory.errors import DependencyFailed, TransientError
 from contentfactory.ids import new_id
 from contentfactory.jobs.spec import RetryPolicy, get_kind
-from contentfactory.states import TERMINAL, BatchState, JobState, Priority
-from db import limits, waiting, warm
+from contentfactory.states import TERMINAL, BatchState, JobState
+from db import waiting
+from db.choice import Hint, Room, charge, choose, set_clock
 from db.session import insert_for, now, upsert
 from db.sql import (
     among,
@@ -61,7 +62,6 @@ from db.tables import (
     ModelVersion,
     Project,
     Queue,
-    Share,
     Worker,
 )
 from db.waiting import HELD_BATCHES, PAUSED_PROJECTS
@@ -98,23 +98,6 @@ class NewJob:
     idempotency_key: str | None = None
     request_hash: str | None = None
     labels: dict[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Hint:
-    """A micro-batch to publish: ids and nothing else."""
-
-    kind: str
-    queue: str
-    priority: int
-    ids: tuple[str, ...]
-    dispatched_at: float
-    ahead: bool = False
-    """Whether it goes past the ordinary hints that wait: the first of a project that has none among them."""
-    again: bool = False
-    """Whether its first job was tried before: it has waited already, and goes past those that were not."""
-    model: str | None = None
-    """Model version of its first job; not part of the message."""
 
 
 @dataclass(slots=True)
@@ -325,13 +308,13 @@ def dispatch(conn: Connection, queue: str, *, cap_s: float, max_jobs: int = 4096
     if look.paused:
         return []
     workers = max(1, int(look.workers))
-    room = _Room(cap_s * workers - float(look.seconds), 2 * workers - int(look.jobs), min(max_jobs, per_worker * workers - int(look.jobs)))
+    room = Room(cap_s * workers - float(look.seconds), 2 * workers - int(look.jobs), min(max_jobs, per_worker * workers - int(look.jobs)))
     if top_up and (room.full or (room.jobs <= 0 and (room.seconds < cap_s * workers / 2 or room.most < per_worker * workers / 2))):
         return []
     # Nothing waits on the broker: each worker may be out of work, however long a micro-batch takes.
     room.hints = workers if not look.jobs else 0
     room.strangers = waiting.STRANGERS if look.jobs < 2 * per_worker * workers else 0
-    chosen = _choose(conn, queue, look, room, window, worker_seen_s)
+    chosen = choose(conn, queue, look, room, window, worker_seen_s)
     if chosen is None:
         return []
     dialect, at = conn.dialect.name, float(look.at)
@@ -344,96 +327,6 @@ def dispatch(conn: Connection, queue: str, *, cap_s: float, max_jobs: int = 4096
         if kept:
             out.append(hint if len(kept) == len(hint.ids) else replace(hint, ids=kept))
     return out
-
-
-@dataclass
-class _Room:
-    """What may leave a queue: compute seconds and jobs that are still to come, jobs at most, and micro-batches whatever they take."""
-
-    seconds: float
-    jobs: int
-    most: int
-    hints: int = 0
-    strangers: int = 0
-    """Projects of which nothing is on the broker that may send a micro-batch each though there is no room."""
-
-    @property
-    def full(self) -> bool:
-        return (self.seconds <= 0 and self.jobs <= 0) or self.most <= 0
-
-
-@dataclass(frozen=True)
-class _Chosen:
-    """Micro-batches that are next, in their order; nothing is written yet."""
-
-    queue: str
-    hints: list[Hint]
-    fair: waiting.Fair
-    prefer: warm.Preference
-    clock: float | None
-
-    def save(self, conn: Connection) -> None:
-        """Charge their projects: they leave."""
-        fair, queue = self.fair, self.queue
-        self.prefer.save()
-        charged = [{"queue": queue, "project_id": p, "virtual_seconds": fair.virtual[p]} for p in sorted(fair.charged)]
-        conn.execute(_shared(conn.dialect.name), charged)
-        if self.clock is None or fair.now() > self.clock:
-            _set_mark(conn, waiting.clock_name(queue), fair.now())
-
-
-def _choose(conn: Connection, queue: str, look: Any, room: _Room, window: int, worker_seen_s: float) -> _Chosen | None:
-    """What goes next, if anything does; see `dispatch`. The caller has its turn."""
-    at, workers, full = float(look.at), max(1, int(look.workers)), room.full
-    candidates = waiting.candidates(conn, queue, at, window)
-    if not candidates:
-        return None
-    fair = waiting.Fair(conn, queue, candidates, look.clock, bool(look.jobs))
-    # Their hints would stand behind seconds of other projects' work: each sends one past that.
-    strangers = fair.strangers
-    if full:
-        strangers = set(sorted(strangers)[: room.strangers])
-        candidates = {project: candidates[project] for project in strangers}
-        if not candidates:
-            return None
-    spread = waiting.spread(conn, queue, candidates, workers)
-    if spread and not full and any(rows.cut for rows in candidates.values()):
-        # So little waits that workers get equal shares of it: then all of it must be seen.
-        candidates = waiting.candidates(conn, queue, at, waiting.for_all(candidates, workers))
-        spread = waiting.spread(conn, queue, candidates, workers)
-    bounds = limits.caps(conn, queue, {key for rows in candidates.values() for key in rows.share_keys}, at, worker_seen_s)
-    prefer = warm.Preference(conn, queue, at, worker_seen_s)
-    hints: list[Hint] = []
-    taken, room_s, room_jobs = 0, room.seconds, room.jobs
-    idle = int(look.jobs) == 0
-    while candidates and (full or ((room_s > 0 or room_jobs > 0 or len(hints) < room.hints) and taken < room.most)):
-        project = min(candidates, key=lambda p: (-candidates[p].head.priority, fair.virtual[p], p))
-        rows = candidates[project].front(warm.AHEAD + 1)
-        place, company = prefer.pick(project, rows)
-        head = rows[place]
-        spec = get_kind(head.kind)
-        limit = min(spec.max_group, bounds.get(head.share_key, spec.max_group), company or spec.max_group, spread.get(head.share_key, spec.max_group))
-        group = candidates[project].take(head, limit)
-        alone_too_early = (
-            len(group) < limit and spec.wait_s > 0 and not idle and head.priority < Priority.INTERACTIVE
-            and at - max(head.created_at, head.run_after) < spec.wait_s
-        )  # fmt: skip
-        if not candidates[project] or (full and not alone_too_early):
-            del candidates[project]
-        if alone_too_early:
-            continue
-        if place:
-            prefer.passed(project, rows[0].id, len(group))
-        cost = sum(row.seconds for row in group)
-        fair.charge(project, cost)
-        room_s -= cost
-        room_jobs -= len(group)
-        taken += len(group)
-        ids = tuple([row.id for row in group])
-        hints.append(Hint(head.kind, queue, head.priority, ids, at, project in strangers, head.attempt > 0, head.model))
-        strangers.discard(project)
-        idle = False
-    return _Chosen(queue, hints, fair, prefer, look.clock) if hints else None
 
 
 def take(conn: Connection, queue: str, kind: str, model: str | None, worker: str, lease_s: float, *, window: int = 512,
@@ -451,7 +344,7 @@ def take(conn: Connection, queue: str, kind: str, model: str | None, worker: str
         lease_s: Length of the lease, seconds.
         window: Rows looked at per project.
         worker_seen_s: How fresh a worker's report must be for it to count.
-        named: Where the ids go before anything is written: whoever does not learn whether the commit took effect asks for these.
+        named: Gets the ids before anything is written: whoever does not learn whether the commit took effect asks for these.
 
     Returns:
         The claimed jobs.
@@ -461,14 +354,14 @@ def take(conn: Connection, queue: str, kind: str, model: str | None, worker: str
     look = waiting.look(conn, queue, worker_seen_s)
     if look.paused:
         return []
-    chosen = _choose(conn, queue, look, _Room(1.0, 1, 1), window, worker_seen_s)
+    chosen = choose(conn, queue, look, Room(0.0, 1, 1), window, worker_seen_s)  # one micro-batch
     if chosen is None:
         return []
     [hint] = chosen.hints
     if hint.kind != kind or hint.model != model:
         return []
     if named is not None:
-        named[:] = hint.ids
+        named += hint.ids
     claimed = claim(conn, hint.ids, worker, lease_s, kind, dispatched_at=hint.dispatched_at)
     if claimed:
         chosen.save(conn)
@@ -492,10 +385,9 @@ def dispatch_alone(conn: Connection, job: NewJob) -> Hint | None:
     at, begins = float(idle.at), max(idle.virtual_seconds or 0.0, idle.clock)
     if not conn.execute(_dispatched(dialect), {"p_ids": packed(dialect, [job.id]), "p_at": at}).scalars().all():
         return None
-    shares = {"queue": job.queue, "project_id": job.project_id, "virtual_seconds": begins + job.seconds / max(idle.weight, 1e-6)}
-    conn.execute(_shared(dialect), shares)
+    charge(conn, job.queue, {job.project_id: begins + job.seconds / max(idle.weight, 1e-6)})
     if begins > idle.clock:
-        _set_mark(conn, waiting.clock_name(job.queue), begins)
+        set_clock(conn, job.queue, begins)
     return Hint(job.kind, job.queue, job.priority, (job.id,), at)
 
 
@@ -517,14 +409,6 @@ def _dispatched(dialect: str) -> Any:
         .where(among_given(dialect, Job.c.id, "p_ids"), was(JobState.QUEUED))
         .values(state=JobState.DISPATCHED, dispatched_at=bindparam("p_at"))
         .returning(Job.c.id)
-    )
-
-
-@cache
-def _shared(dialect: str) -> Any:
-    statement = upsert(dialect, Share)
-    return statement.on_conflict_do_update(
-        index_elements=[Share.c.queue, Share.c.project_id], set_={"virtual_seconds": statement.excluded.virtual_seconds}
     )
 
 
@@ -1242,20 +1126,10 @@ _STUCK = (
 )
 
 
-def _set_mark(conn: Connection, name: str, value: float) -> None:
-    conn.execute(_marked(conn.dialect.name), {"name": name, "value": value})
-
-
 @cache
 def _marked_now(dialect: str) -> Any:
     statement = upsert(dialect, Mark).values(value=now())
     return statement.on_conflict_do_update(index_elements=[Mark.c.name], set_={"value": statement.excluded.value}).returning(Mark.c.value)
-
-
-@cache
-def _marked(dialect: str) -> Any:
-    statement = upsert(dialect, Mark)
-    return statement.on_conflict_do_update(index_elements=[Mark.c.name], set_={"value": statement.excluded.value})
 
 
 # --- batches --------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import structlog
 from contentfactory.errors import ServiceUnavailable
 from contentfactory.settings import Settings
 from db import lifecycle, waiting
+from db.choice import Hint
 from db.session import Database
 from producer.publish import Publisher
 
@@ -68,7 +69,7 @@ class Dispatcher:
                 window = min(2 * window, LOOK_MOST)
         return sent
 
-    def send(self, hints: Sequence[lifecycle.Hint]) -> bool:
+    def send(self, hints: Sequence[Hint]) -> bool:
         """Publish what a committed transaction dispatched; what the broker does not take is queued again.
 
         Returns:

@@ -21,6 +21,7 @@ from contentfactory.jobs.spec import Params, canonical, get_kind, iter_inputs, i
 from contentfactory.settings import Settings
 from contentfactory.states import TERMINAL, UNWELL, BatchState, JobState, Priority
 from db import batches, jobs, lifecycle, projects, registry
+from db.choice import Hint
 from db.session import Database, take_time
 from producer import manifest as manifests
 from producer.dispatch import Dispatcher
@@ -115,7 +116,7 @@ class Producer:
         request_hash = hashlib.sha256(dumps_sorted(request).encode()).hexdigest()
         job_id = new_id("job")
         chosen = seed if seed is not None else int.from_bytes(os.urandom(4), "big") >> 1
-        hints: list[lifecycle.Hint] = []
+        hints: list[Hint] = []
 
         def work(conn: Any) -> str:
             if idempotency_key is not None:
@@ -270,7 +271,7 @@ class Producer:
             if value.startswith("art_") and jobs.artifact(conn, project_id, value) is None:
                 raise InputError(f"{field}: {value} is no artifact of this project", code="unknown_artifact", param=field)
 
-    def kick(self, queues: Sequence[str] | None = None, *, bulk: bool = False, hints: Sequence[lifecycle.Hint] = ()) -> None:
+    def kick(self, queues: Sequence[str] | None = None, *, bulk: bool = False, hints: Sequence[Hint] = ()) -> None:
         """Dispatch now; whatever fails here, the timer does later.
 
         Args:

@@ -17,7 +17,7 @@ from producer import transport
 
 if TYPE_CHECKING:
     # Not loaded: Flower and a worker's parent come through here and never touch the ledger.
-    from db.lifecycle import Hint
+    from db.choice import Hint
 
 URGENT, AHEAD, AGAIN, ORDINARY = BANDS = 0, 3, 6, 9
 """Redis priorities: 0 leaves first. Interactive jobs overtake the bulk work that waits in the broker, and so does the first micro-batch

@@ -52,20 +52,23 @@ class Timer:
         self.producer = producer
 
     def tick(self) -> None:
-        """One quick round: expand, dispatch, fold and close."""
+        """One quick round: expand, dispatch, fold and close. Raises what an expansion ran into, after all else is done."""
         with self.database.read() as conn:
             moving = batches.moving(conn)
+        unread: Exception | None = None
         for batch_id, state in moving:
             if state == BatchState.CANCELLING:
                 self.database.run(partial(lifecycle.cancel_batch, batch_id=batch_id))
             try:
                 self.producer.expand(batch_id, seconds=self.settings.dispatch_period_s)
-            except FactoryError as error:
+            except Exception as error:
                 # The storage with its manifest is away, say: it goes on from there later, and nothing else waits for that.
-                log.error("expand_failed", action="expand", batch=batch_id, code=error.code, error=error.message)
+                unread = error
         # Whoever holds the turn may have been stopped in it, and leases have to be looked at all the same.
         self.dispatcher.dispatch(patient=False)
         self.database.run(_fold_and_close)
+        if unread is not None:
+            raise unread
 
     def rescue(self) -> None:
         """One slow round: leases, lost hints, stuck graphs."""
@@ -97,16 +100,16 @@ class Timer:
         while not stop.is_set():
             started, outcome = time.monotonic(), "failed"
             try:
-                # First, since leases must be looked at whatever the rest of the round runs into.
+                # Last comes what may fail for one batch's sake: leases are looked at whatever it runs into.
                 if started >= next_rescue:
                     next_rescue = started + self.settings.reaper_period_s
                     self.rescue()
-                self.tick()
                 if started >= next_sweep and (sweeper is None or not sweeper.is_alive()):
                     next_sweep = started + self.settings.sweep_period_s
                     # A listing of millions of objects takes its time; dispatch and rescue must not wait for it.
                     sweeper = threading.Thread(target=self._sweep, name="sweep", daemon=True)
                     sweeper.start()
+                self.tick()
                 outcome = "ok"
             except ServiceUnavailable as error:
                 outcome = "unavailable"

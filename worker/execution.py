@@ -255,6 +255,7 @@ class Executor:
             log.warning("claim_failed", action="take", kind=spec.name, jobs=len(named), error=error.message)
             return []
         self._flying.update(c.id for c in claimed)
+        self._unsure.update(set(named) - self._flying)  # of a try whose answer was lost, and that was not there when asked for
         return claimed
 
     def _run_group(self, spec: KindSpec, members: list[_Member]) -> None:

@@ -5,7 +5,6 @@ jobs, ends a cancelled one whose micro-batch goes on, kills a child that makes n
 back at once, without waiting for their lease. ``python -m worker.keeper`` is its entry point; `Keeper` is the child's side of it.
 """
 
-import gc
 import itertools
 import json
 import os
@@ -22,6 +21,7 @@ from typing import Any
 import structlog
 
 from contentfactory.errors import FactoryError, ServiceUnavailable
+from contentfactory.process import collect_rarely
 from contentfactory.settings import Settings
 from worker.loading import LoadWatch, usage
 
@@ -435,10 +435,8 @@ def main() -> None:
     configure_logs(settings)
     load_kinds()
     keeper = _Keeper(settings)
-    # Names of jobs come and go by the hundred and make no cycles: looked through at the usual pace, they cost a half of this process.
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(20_000, 20, 20)
+    # Names of jobs come and go by the hundred: looked through at the usual pace, they cost a half of this process.
+    collect_rarely()
     keeper.run()
 
 

@@ -8,6 +8,7 @@ import time
 
 import pytest
 from pydantic import Field
+from silent import Silent
 from sqlalchemy import select, text, update
 
 from contentfactory.errors import InputError, ServiceUnavailable, TransientError
@@ -57,23 +58,10 @@ def trial_kind():
     runners._RUNNERS.pop("trial.act")
 
 
-class _Silent:
-    """A publisher whose broker is away."""
-
-    def send(self, hints):
-        return list(hints)
-
-    def anything(self, queues):
-        return True
-
-    def close(self):
-        pass
-
-
 @pytest.fixture
 def executor(database, tmp_path, trial_kind):
     settings = load_settings(state_dir=tmp_path / "state", device="cpu")
-    made = Executor(settings, database, MemoryStore(), _Silent(), keeper=False)
+    made = Executor(settings, database, MemoryStore(), Silent(), keeper=False)
     seen.clear()
     yield made
     made.finishers.shutdown()

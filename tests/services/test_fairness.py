@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 import redis
-from sqlalchemy import func, select
+from sqlalchemy import select
 
 from contentfactory.jobs.spec import get_kind
 from contentfactory.settings import load_settings
@@ -60,10 +60,12 @@ def line(database, broker_url, tmp_path):
 
 def test_a_single_job_waits_for_what_runs_and_not_for_anothers_backlog(database, line, project, make_jobs):
     other = database.run(lambda conn: projects.ensure(conn, "other"))
-    make_jobs(8 * FULL, seconds=0.006)
+    for n in range(3):  # enough of them that much may wait on the broker
+        database.run(lambda conn, n=n: lifecycle.report_worker(conn, f"w{n}", ["text"], "cpu", 0, []))
+    make_jobs(8 * FULL, seconds=0.005)
     assert line.next() == {project: FULL}
     with database.read() as conn:
-        assert conn.execute(select(func.sum(Job.seconds)).where(Job.state == "dispatched")).scalar() > 2.5  # seconds of work wait on the broker
+        assert len(conn.execute(select(Job.id).where(Job.state == "dispatched")).all()) > 2 * FULL  # seconds of work wait on the broker
     for _ in range(3):  # time and again, not just for the first
         make_jobs(1, seconds=0.01, share_key="y", project_id=other)
         assert line.next() == {other: 1}

@@ -24,6 +24,7 @@ import numpy as np
 import psutil
 import pytest
 from PIL import Image
+from silent import Silent
 from sqlalchemy import select
 
 from contentfactory.errors import FactoryError, InputError
@@ -598,21 +599,10 @@ def trial_kind():
     runners._RUNNERS.pop("trial.look")
 
 
-class _Silent:
-    def send(self, hints):
-        return list(hints)
-
-    def anything(self, queues):
-        return True
-
-    def close(self):
-        pass
-
-
 @pytest.fixture
 def worker(sqlite_database, tmp_path, trial_kind):
     """Run params as one micro-batch; gives state and error (or what was seen) of each."""
-    executor = Executor(load_settings(state_dir=tmp_path / "state", device="cpu"), sqlite_database, MemoryStore(), _Silent(), keeper=False)
+    executor = Executor(load_settings(state_dir=tmp_path / "state", device="cpu"), sqlite_database, MemoryStore(), Silent(), keeper=False)
     project = sqlite_database.run(lambda conn: projects.ensure(conn, "default"))
 
     def run(*many, kind_name="trial.look"):

@@ -319,6 +319,22 @@ class Lifecycle(RuleBasedStateMachine):
             left = [i for i, o in self.jobs.items() if o.state == JobState.QUEUED and o.run_after < self.now - 0.01 and not self.is_held(o)]
             assert left == []
 
+    @rule(worker=st.sampled_from(("w1", "w2")))
+    def take(self, worker: str) -> None:
+        named: list[str] = []
+        got = self.run(lambda conn: lifecycle.take(conn, "text", KIND, None, worker, LEASE_S, named=named))
+        assert [one.id for one in got] == named
+        due = {i for i, o in self.jobs.items() if o.state == JobState.QUEUED and o.run_after <= self.now + 0.01 and not self.is_held(o)}
+        assert set(named) <= due and len(named) == len(set(named))
+        assert named or not any(self.jobs[i].run_after < self.now - 0.01 for i in due)
+        taken = [self.jobs[i] for i in named]
+        assert len({one.project for one in taken}) <= 1
+        assert all(one.priority == max(self.jobs[i].priority for i in due) for one in taken)
+        assert len(named) <= min((one.limit for one in taken if one.limit), default=len(named))
+        self._claimed(got)
+        for one in taken:
+            one.dispatched_at = self.now
+
     def undispatch(self, data: Any) -> None:
         if not self.hints:
             return
@@ -379,6 +395,13 @@ class Lifecycle(RuleBasedStateMachine):
         }  # fmt: skip
         got = self.run(lifecycle.claim, ids, worker, LEASE_S)
         assert {c.id for c in got} == due
+        self._claimed(got)
+        for job_id in ids:
+            if job_id not in due and self.jobs[job_id].state == JobState.DISPATCHED and self.is_held(self.jobs[job_id]):
+                self.move(job_id, JobState.QUEUED)
+        assert {c.id for c in self.run(lifecycle.claimed_by, ids, worker)} >= due
+
+    def _claimed(self, got: list[lifecycle.Claimed]) -> None:
         for one in got:
             job = self.jobs[one.id]
             self.move(one.id, JobState.RUNNING)
@@ -386,10 +409,6 @@ class Lifecycle(RuleBasedStateMachine):
             job.outcomes.append(None)
             assert one.attempt == job.attempt
             self.held.append((one.id, one.attempt))
-        for job_id in ids:
-            if job_id not in due and self.jobs[job_id].state == JobState.DISPATCHED and self.is_held(self.jobs[job_id]):
-                self.move(job_id, JobState.QUEUED)
-        assert {c.id for c in self.run(lifecycle.claimed_by, ids, worker)} >= due
 
     @precondition(lambda self: self.held)
     @rule(data=st.data())

@@ -5,6 +5,7 @@ from collections import Counter
 
 import pytest
 from pydantic import Field
+from silent import Silent
 from sqlalchemy import select, update
 
 from contentfactory.jobs import spec as specs
@@ -49,17 +50,6 @@ def big_kind():
     runners._RUNNERS.pop("trial.big")
 
 
-class _Silent:
-    def send(self, hints):
-        return list(hints)
-
-    def anything(self, queues):
-        return True
-
-    def close(self):
-        pass
-
-
 @pytest.fixture
 def factory_of_workers(database, tmp_path, big_kind):
     made = []
@@ -69,7 +59,7 @@ def factory_of_workers(database, tmp_path, big_kind):
 
     def make():
         settings = load_settings(state_dir=tmp_path / "state", device="cpu")
-        made.append(Executor(settings, database, MemoryStore(), _Silent(), keeper=False))
+        made.append(Executor(settings, database, MemoryStore(), Silent(), keeper=False))
         made[-1].dispatcher.dispatch = lambda *args, **kwargs: 0
         return made[-1]
 

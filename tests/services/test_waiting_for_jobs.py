@@ -11,7 +11,7 @@ from contentfactory.ids import new_id
 from contentfactory.jobs.spec import get_kind
 from contentfactory.settings import load_settings
 from contentfactory.states import Priority
-from db import lifecycle, projects, waiting
+from db import choice, lifecycle, projects
 from db.models import Job, Share
 from producer.enqueue import Producer
 from producer.publish import MAX_EARS, Publisher
@@ -131,7 +131,7 @@ def test_without_a_broker_it_is_queued_again(database, producer):
 def test_who_was_idle_long_earns_no_credit_by_it(database, producer):
     """The share starts at the queue's clock, as the dispatcher would have it."""
     project = database.run(lambda conn: projects.ensure(conn, "other"))
-    database.run(lambda conn: lifecycle._set_mark(conn, waiting.clock_name("text"), 500.0))
+    database.run(lambda conn: choice.set_clock(conn, "text", 500.0))
     producer.submit("text.echo", {"text": "x", "seconds": 3}, priority=Priority.INTERACTIVE, project="other")
     assert share_of(database, project) == pytest.approx(503)
 

@@ -3,6 +3,7 @@
 import types
 
 import pytest
+from silent import Silent
 from sqlalchemy import select, update
 
 from contentfactory.errors import ModelUnavailable
@@ -16,18 +17,6 @@ from worker.engines.files import ResolvedModel
 from worker.execution import Executor
 from worker.keeper import _Held, _Keeper
 from worker.loading import LoadWatch
-
-
-class _Silent:
-    def send(self, hints):
-        return list(hints)
-
-    def anything(self, queues):
-        return True
-
-    def close(self):
-        pass
-
 
 seen: list[str] = []
 fault: list[Exception] = []
@@ -58,7 +47,7 @@ def executor(database, tmp_path, monkeypatch):
     monkeypatch.setitem(warmup.LOADERS, "text.echo", "trial_warmup:get")
     monkeypatch.setitem(runners._RUNNERS, "text.echo", runner)
     settings = load_settings(state_dir=tmp_path / "state", device="cpu")
-    made = Executor(settings, database, MemoryStore(), _Silent(), keeper=False)
+    made = Executor(settings, database, MemoryStore(), Silent(), keeper=False)
     monkeypatch.setattr(made, "_model", lambda project, name: ResolvedModel("m", "1", "x", {}, tmp_path))
     made.warmup._resolve = made._model
     made.dispatcher.dispatch = lambda *a, **k: 0

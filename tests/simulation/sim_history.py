@@ -28,7 +28,7 @@ from sqlalchemy import text
 
 from contentfactory.settings import Settings, load_settings
 from contentfactory.states import TERMINAL, TRANSITIONS, JobState
-from db import lifecycle, projects
+from db import choice, lifecycle, projects
 from producer.manifest.model import JobLine
 from producer.sweep import sweep
 from storage.keys import artifact_key
@@ -345,7 +345,7 @@ class History:
         if ids:
             rng = self.rng
             chosen = rng.choices(ids, k=rng.randint(1, 6))
-            hint = lifecycle.Hint("sim.work", rng.choice(("text", "train")), 0, (*chosen, "job_" + "0" * 32), self.stage.now - rng.choice((0, 20)))
+            hint = choice.Hint("sim.work", rng.choice(("text", "train")), 0, (*chosen, "job_" + "0" * 32), self.stage.now - rng.choice((0, 20)))
             self.stage.broker.faithful = False
             self.stage.broker.push(hint)
             self.stage.note("forged hint", chosen)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
+from silent import Silent
 from sqlalchemy import update
 
 from contentfactory.errors import ServiceUnavailable
@@ -383,16 +384,6 @@ def test_a_workers_group_is_traced_and_its_loads_are_counted(database, make_jobs
 
     from storage.memory import MemoryStore
     from worker.execution import Executor
-
-    class Silent:
-        def anything(self, queues):
-            return True
-
-        def send(self, hints):
-            return list(hints)
-
-        def close(self):
-            pass
 
     look()
     executor = Executor(load_settings(state_dir=tmp_path, device="cpu"), database, MemoryStore(), Silent(), keeper=False)

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from silent import Silent
 
 from contentfactory.catalogue import load_catalogue
 from contentfactory.errors import InputError, ModelUnavailable, TransientError
@@ -346,16 +347,6 @@ def test_results_of_chosen_options_are_never_mixed_with_the_others(sqlite_databa
     from db.models import Job
     from storage.memory import MemoryStore
     from worker.execution import Executor
-
-    class Silent:
-        def anything(self, queues):
-            return True
-
-        def send(self, hints):
-            return list(hints)
-
-        def close(self):
-            pass
 
     database = sqlite_database
     project = database.run(lambda conn: projects.ensure(conn, "default"))

@@ -1,0 +1,157 @@
+"""Which micro-batches of a queue go next, and who is charged for them. Changes no job's state: that is `db.lifecycle`'s."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from sqlalchemy import Connection
+
+from contentfactory.jobs.spec import get_kind
+from contentfactory.states import Priority
+from db import limits, waiting, warm
+from db.session import upsert
+from db.tables import Mark, Share
+
+
+@dataclass(frozen=True)
+class Hint:
+    """A micro-batch to publish: ids and nothing else."""
+
+    kind: str
+    queue: str
+    priority: int
+    ids: tuple[str, ...]
+    dispatched_at: float
+    ahead: bool = False
+    """Whether it goes past the ordinary hints that wait: the first of a project that has none among them."""
+    again: bool = False
+    """Whether its first job was tried before: it has waited already, and goes past those that were not."""
+    model: str | None = None
+    """Model version of its first job; not part of the message."""
+
+
+@dataclass
+class Room:
+    """What may leave a queue: compute seconds and jobs that are still to come, jobs at most, and micro-batches whatever they take."""
+
+    seconds: float
+    jobs: int
+    most: int
+    hints: int = 0
+    strangers: int = 0
+    """Projects of which nothing is on the broker that may send a micro-batch each though there is no room."""
+
+    @property
+    def full(self) -> bool:
+        """Whether nothing may leave, but for strangers' micro-batches."""
+        return (self.seconds <= 0 and self.jobs <= 0) or self.most <= 0
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Micro-batches that are next, in their order; nothing is written yet."""
+
+    queue: str
+    hints: list[Hint]
+    fair: waiting.Fair
+    prefer: warm.Preference
+    clock: float | None
+
+    def save(self, conn: Connection) -> None:
+        """Charge their projects: they leave."""
+        self.prefer.save()
+        charge(conn, self.queue, {p: self.fair.virtual[p] for p in self.fair.charged})
+        if self.clock is None or self.fair.now() > self.clock:
+            set_clock(conn, self.queue, self.fair.now())
+
+
+def choose(conn: Connection, queue: str, look: Any, room: Room, window: int, worker_seen_s: float) -> Choice | None:
+    """What goes next, if anything does. The caller has the turn to dispatch from the queue.
+
+    Highest priority first; inside a band the project with the least virtual time (compute seconds over weight) goes next. Within a project,
+    jobs in order of rank; whoever may share the head's forward pass and lies within the window goes along.
+
+    Args:
+        conn: Connection in a write transaction.
+        queue: Queue.
+        look: What `waiting.look` told of it.
+        room: How much may leave.
+        window: Rows looked at per project.
+        worker_seen_s: How fresh a worker's report must be for it to count.
+    """
+    at, workers, full = float(look.at), max(1, int(look.workers)), room.full
+    candidates = waiting.candidates(conn, queue, at, window)
+    if not candidates:
+        return None
+    fair = waiting.Fair(conn, queue, candidates, look.clock, bool(look.jobs))
+    # Their hints would stand behind seconds of other projects' work: each sends one past that.
+    strangers = fair.strangers
+    if full:
+        strangers = set(sorted(strangers)[: room.strangers])
+        candidates = {project: candidates[project] for project in strangers}
+        if not candidates:
+            return None
+    spread = waiting.spread(conn, queue, candidates, workers)
+    if spread and not full and any(rows.cut for rows in candidates.values()):
+        # So little waits that workers get equal shares of it: then all of it must be seen.
+        candidates = waiting.candidates(conn, queue, at, waiting.for_all(candidates, workers))
+        spread = waiting.spread(conn, queue, candidates, workers)
+    bounds = limits.caps(conn, queue, {key for rows in candidates.values() for key in rows.share_keys}, at, worker_seen_s)
+    prefer = warm.Preference(conn, queue, at, worker_seen_s)
+    hints: list[Hint] = []
+    taken, room_s, room_jobs = 0, room.seconds, room.jobs
+    idle = int(look.jobs) == 0
+    while candidates and (full or ((room_s > 0 or room_jobs > 0 or len(hints) < room.hints) and taken < room.most)):
+        project = min(candidates, key=lambda p: (-candidates[p].head.priority, fair.virtual[p], p))
+        rows = candidates[project].front(warm.AHEAD + 1)
+        place, company = prefer.pick(project, rows)
+        head = rows[place]
+        spec = get_kind(head.kind)
+        limit = min(spec.max_group, bounds.get(head.share_key, spec.max_group), company or spec.max_group, spread.get(head.share_key, spec.max_group))
+        group = candidates[project].take(head, limit)
+        alone_too_early = (
+            len(group) < limit and spec.wait_s > 0 and not idle and head.priority < Priority.INTERACTIVE
+            and at - max(head.created_at, head.run_after) < spec.wait_s
+        )  # fmt: skip
+        if not candidates[project] or (full and not alone_too_early):
+            del candidates[project]
+        if alone_too_early:
+            continue
+        if place:
+            prefer.passed(project, rows[0].id, len(group))
+        cost = sum(row.seconds for row in group)
+        fair.charge(project, cost)
+        room_s -= cost
+        room_jobs -= len(group)
+        taken += len(group)
+        ids = tuple([row.id for row in group])
+        hints.append(Hint(head.kind, queue, head.priority, ids, at, project in strangers, head.attempt > 0, head.model))
+        strangers.discard(project)
+        idle = False
+    return Choice(queue, hints, fair, prefer, look.clock) if hints else None
+
+
+def charge(conn: Connection, queue: str, virtual: Mapping[str, float]) -> None:
+    """Note the virtual time at which projects stand now, seconds."""
+    rows = [{"queue": queue, "project_id": project, "virtual_seconds": virtual[project]} for project in sorted(virtual)]
+    conn.execute(_shared(conn.dialect.name), rows)
+
+
+def set_clock(conn: Connection, queue: str, virtual_seconds: float) -> None:
+    """Move a queue's virtual clock."""
+    conn.execute(_marked(conn.dialect.name), {"name": waiting.clock_name(queue), "value": virtual_seconds})
+
+
+@cache
+def _shared(dialect: str) -> Any:
+    statement = upsert(dialect, Share)
+    return statement.on_conflict_do_update(
+        index_elements=[Share.c.queue, Share.c.project_id], set_={"virtual_seconds": statement.excluded.virtual_seconds}
+    )
+
+
+@cache
+def _marked(dialect: str) -> Any:
+    statement = upsert(dialect, Mark)
+    return statement.on_conflict_do_update(index_elements=[Mark.c.name], set_={"value": statement.excluded.value})

@@ -144,7 +144,8 @@ def insert_rows(
     if conn.dialect.name == "postgresql" and len(rows) >= COPY_FROM and not replacing:
         cursor: Any = conn.connection.cursor()
         with cursor, cursor.copy(f"COPY {table.name} ({names}) FROM STDIN") as copy:
-            copy.write(copy_text(rows))
+            for row in rows:
+                copy.write_row(row)
         return
     mark = "%s" if conn.dialect.name == "postgresql" else "?"
     values = ", ".join([mark] * len(columns))
@@ -155,52 +156,4 @@ def insert_rows(
     conn.exec_driver_sql(f"INSERT INTO {table.name} ({names}) VALUES ({values}){conflict}", list(rows))  # noqa: S608 - names of our own
 
 
-def copy_text(rows: Sequence[tuple[Any, ...]]) -> str:
-    """Rows, one at least, in the text format of COPY; values are None, text, numbers and truth values.
-
-    Written column by column: rows that go in together have most of their values in common, and those are written once. The driver
-    does it value by value and takes four times as long.
-
-    Raises:
-        TypeError: If a value is of another type.
-    """
-    line: list[str] = []
-    varying: list[Iterable[str]] = []
-    for values in zip(*rows, strict=True):
-        if values.count(values[0]) == len(values):
-            line.append(_copy_value(values[0]).replace("%", "%%"))
-        else:
-            line.append("%s")
-            varying.append(_copy_column(values))
-    template = "\t".join(line) + "\n"
-    if not varying:
-        return template % () * len(rows)
-    return "".join([template % values for values in zip(*varying, strict=True)])
-
-
-def _copy_column(values: tuple[Any, ...]) -> Iterable[str]:
-    if {*map(type, values)} == {str} and not _SPECIAL.search("".join(values)):
-        return values
-    return map(_copy_value, values)
-
-
-def _copy_value(value: Any) -> str:
-    if value is None:
-        return "\\N"
-    if isinstance(value, str):
-        return _SPECIAL.sub(lambda found: _ESCAPED[found[0]], str(value))
-    if isinstance(value, bool):
-        return "t" if value else "f"
-    if isinstance(value, int):
-        return int.__repr__(value)
-    if isinstance(value, float):
-        return float.__repr__(value)
-    raise TypeError(f"{type(value).__name__} cannot be written by COPY")
-
-
-_ESCAPED = {"\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\r"}
-_SPECIAL = re.compile(r"[\\\t\n\r]")
-"""What separates values and rows there, and what takes that meaning away."""
-
-
-__all__ = ["COPY_FROM", "among", "among_given", "copy_text", "dumps", "has_state", "insert_rows", "packed", "packed_rows", "rows_given", "statement_text", "was"]
+__all__ = ["COPY_FROM", "among", "among_given", "dumps", "has_state", "insert_rows", "packed", "packed_rows", "rows_given", "statement_text", "was"]

@@ -1,11 +1,10 @@
 """Rows on their quick way into a database come out as they went in."""
 
-import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sqlalchemy import Boolean, Column, Double, Integer, MetaData, Table, Text, select
 
-from db.sql import COPY_FROM, copy_text, insert_rows
+from db.sql import COPY_FROM, insert_rows
 
 ODD = ["", "\\N", "\\", "\\t", "\t", "a\tb\nc\rd", "100 %", "%s", "%%", "{}", "NULL", "Grüße 𝄞 مرحبا", '{"a": "\\\\"}', "\x0b\x0c\x85\u2028"]
 WORDS = st.sampled_from(ODD) | st.text(st.characters(exclude_characters="\x00", exclude_categories=["Cs"]))
@@ -29,13 +28,3 @@ def test_what_goes_in_comes_out(database, rows):
         TABLE.create(conn)
         insert_rows(conn, TABLE, ("n", "word", "number", "truth", "measure", "same"), [(n, *row) for n, row in enumerate(rows)])
         assert [tuple(row) for row in conn.execute(select(*list(TABLE.c)[1:]).order_by(TABLE.c.n))] == rows
-
-
-def test_equal_rows_are_written_each():
-    assert copy_text([("a%", None, 1)] * 3) == "a%\t\\N\t1\n" * 3
-
-
-@pytest.mark.parametrize("value", [{"a": 1}, ["a"], b"a"])
-def test_other_values_are_refused(value):
-    with pytest.raises(TypeError, match=type(value).__name__):
-        copy_text([(value,), (1,)])

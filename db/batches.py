@@ -9,6 +9,7 @@ from sqlalchemy import Connection, RowMapping, bindparam, func, insert, select, 
 from contentfactory.states import ACTIVE, TERMINAL, BatchState, JobState
 from db import lifecycle
 from db.models import Batch, Job
+from db.places import any_of
 from db.session import now
 from db.sql import has_state
 
@@ -144,5 +145,5 @@ def totals(per_kind: Mapping[str, Mapping[str, int]]) -> dict[str, int]:
 
 def active_jobs(conn: Connection, batch_id: str) -> int:
     """Jobs that are not terminal, counted from the rows."""
-    query = select(func.count()).select_from(Job).where(Job.batch_id == batch_id, has_state(*sorted(ACTIVE)))
+    query = select(func.count()).select_from(any_of((Job.id,), [Job.batch_id == batch_id], batch=True, states=ACTIVE))
     return int(conn.execute(query).scalar_one())

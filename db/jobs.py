@@ -6,8 +6,9 @@ from typing import Any
 
 from sqlalchemy import Connection, RowMapping, and_, bindparam, case, func, literal, null, or_, select
 
-from contentfactory.states import UNWELL, JobState
+from contentfactory.states import TERMINAL, JobState
 from db.models import Artifact, Attempt, Dependency, Event, Job, MicroBatch
+from db.places import listed
 from db.sql import among, among_given, has_state, packed
 
 COLUMNS = (
@@ -43,8 +44,6 @@ def by_key(conn: Connection, project_id: str, key: str) -> RowMapping | None:
     return conn.execute(_KEYED, {"p_project": project_id, "p_key": key}).mappings().one_or_none()
 
 
-_ENDED_INDEX: dict[str, str] = {JobState.SUCCEEDED: "ix_jobs_{}succeeded", **dict.fromkeys(UNWELL, "ix_jobs_{}unwell")}
-"""Index of a terminal state, of a project's jobs or (``batch_``) of a batch's."""
 FEW = 1000
 """Rows up to which the jobs of a state are fetched by that state's own index and sorted."""
 
@@ -55,27 +54,25 @@ def list_page(conn: Connection, project_id: str, *, batch_id: str | None = None,
 
     Quick at a million jobs: a state that is rare is found by its own index, one that is common along the way.
     """
-    query = select(*COLUMNS).where(Job.project_id == project_id)
-    order: tuple[Any, ...] = (Job.id.desc(),)
+    wanted: list[Any] = [Job.project_id == project_id]
     if batch_id:
         # A job's id is made of its batch's: its lines are what says which comes first.
-        query, order = query.where(Job.batch_id == batch_id), (Job.line.desc(), Job.id.desc())
+        wanted.append(Job.batch_id == batch_id)
     if kind:
-        query = query.where(Job.kind == kind)
+        wanted.append(Job.kind == kind)
     if after and batch_id:
         line = conn.execute(select(Job.line).where(Job.id == after, Job.batch_id == batch_id)).scalar()
         if line is not None:
             # The first condition says no more than the second, but an index can be entered by it.
-            query = query.where(Job.line <= line, or_(Job.line < line, Job.id < after))
+            wanted += [Job.line <= line, or_(Job.line < line, Job.id < after)]
     elif after:
-        query = query.where(Job.id < after)
-    if state in _ENDED_INDEX:
-        # SQLite would as soon walk along all jobs.
-        query = query.where(has_state(JobState(state))).with_hint(Job, f"INDEXED BY {_ENDED_INDEX[state].format('batch_' if batch_id else '')}", "sqlite")
-    elif state:
-        few = _few(conn, project_id, batch_id, state)
-        query = query.where(has_state(JobState(state))) if few is None else query.where(among(conn, Job.id, few))
-    return conn.execute(query.order_by(*order).limit(limit)).mappings().all()
+        wanted.append(Job.id < after)
+    order = ("-line", "-id") if batch_id else ("-id",)
+    if state and state not in TERMINAL and (few := _few(conn, project_id, batch_id, state)) is not None:
+        query = select(*COLUMNS).where(*wanted, has_state(JobState(state)), among(conn, Job.id, few))
+        return conn.execute(query.order_by(*(getattr(Job, name[1:]).desc() for name in order)).limit(limit)).mappings().all()
+    states = [JobState(state)] if state else []
+    return conn.execute(listed(COLUMNS, wanted, order, limit, batch=bool(batch_id), states=states)).mappings().all()
 
 
 def _few(conn: Connection, project_id: str, batch_id: str | None, state: str) -> list[str] | None:
@@ -89,11 +86,9 @@ def of_batch(conn: Connection, batch_id: str, states: Sequence[JobState] = (), c
     """Every job of a batch in the order of its lines, read page by page."""
     line, last = -1, ""
     while True:
-        query = select(*COLUMNS, Job.rank).where(Job.batch_id == batch_id)
-        if states:
-            query = query.where(has_state(*states))
-        query = query.where((Job.line > line) | ((Job.line == line) & (Job.id > last))).order_by(Job.line, Job.id).limit(chunk)
-        rows = conn.execute(query).mappings().all()
+        # An index is entered by the first of the two.
+        wanted = [Job.batch_id == batch_id, Job.line >= line, or_(Job.line > line, Job.id > last)]
+        rows = conn.execute(listed((*COLUMNS, Job.rank), wanted, ("line", "id"), chunk, batch=True, states=states)).mappings().all()
         yield from rows
         if len(rows) < chunk:
             return
@@ -191,13 +186,14 @@ def children(conn: Connection, job_ids: Sequence[str]) -> list[RowMapping]:
 def ids_where(conn: Connection, project_id: str, states: Sequence[str], *, queue: str | None = None, kind: str | None = None,
               batch_id: str | None = None, limit: int = 1000) -> list[str]:  # fmt: skip
     """Ids of jobs in these states, oldest first."""
-    query = select(Job.id).where(Job.project_id == project_id, has_state(*map(JobState, states))).order_by(Job.id).limit(limit)
+    wanted: list[Any] = [Job.project_id == project_id]
     if queue:
-        query = query.where(Job.queue == queue)
+        wanted.append(Job.queue == queue)
     if kind:
-        query = query.where(Job.kind == kind)
+        wanted.append(Job.kind == kind)
     if batch_id:
-        query = query.where(Job.batch_id == batch_id)
+        wanted.append(Job.batch_id == batch_id)
+    query = listed((Job.id,), wanted, ("id",), limit, batch=bool(batch_id), states=[JobState(state) for state in states])
     return list(conn.execute(query).scalars())
 
 

@@ -34,6 +34,7 @@ from contentfactory.jobs.spec import RetryPolicy, get_kind
 from contentfactory.states import TERMINAL, BatchState, JobState
 from db import waiting
 from db.choice import Hint, Room, charge, choose, set_clock
+from db.places import any_of
 from db.session import insert_for, now, upsert
 from db.sql import (
     among,
@@ -1298,17 +1299,12 @@ def cancel_batch(conn: Connection, batch_id: str, limit: int = 2000) -> int:
         .where(Batch.c.id == batch_id, Batch.c.state.in_((BatchState.RUNNING, BatchState.EXPANDING)))
         .values(state=BatchState.CANCELLING, paused=False)
     )
-    ids = list(
-        conn.execute(
-            select(Job.c.id).where(Job.c.batch_id == batch_id, has_state(*_WAITING)).limit(limit)
-        ).scalars()
-    )
-    cancel_jobs(conn, ids)
+    wait = any_of((Job.c.id,), [Job.c.batch_id == batch_id], batch=True, states=_WAITING)
+    cancel_jobs(conn, list(conn.execute(select(wait.c.id).limit(limit)).scalars()))
     conn.execute(
         update(Job).where(Job.c.batch_id == batch_id, has_state(JobState.RUNNING), ~Job.c.cancel_requested).values(cancel_requested=True)
     )
-    left = select(func.count()).select_from(Job).where(Job.c.batch_id == batch_id, has_state(*_WAITING))
-    return int(conn.execute(left).scalar_one())
+    return int(conn.execute(select(func.count()).select_from(wait)).scalar_one())
 
 
 def pause(conn: Connection, what: str, name: str, paused: bool) -> bool:

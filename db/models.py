@@ -134,8 +134,8 @@ _FLYING = text("place = 'flying'")
 _RETRIED = text("retry_of IS NOT NULL")
 _KEYED = text("idempotency_key IS NOT NULL")
 _KEPT = text("result_key IS NOT NULL")
-_BATCHED = text("batch_id IS NOT NULL")
 _BLOCKED = text("place = 'blocked'")
+_STILL = text("place IN ('blocked', 'queued')")
 _WAITING = text("place IN ('blocked', 'queued') AND batch_id IS NOT NULL")
 _UNWELL = text("place IN ('failed', 'dead', 'cancelled')")
 _SUCCEEDED = text("place = 'succeeded'")
@@ -203,16 +203,17 @@ class Job(Base):
         # What is on the broker and what runs; both are few. By what changes neither with a claim nor with a heartbeat.
         Index("ix_jobs_flying", "queue", "dispatched_at", postgresql_where=_FLYING, sqlite_where=_FLYING),
         Index("ix_jobs_result", "result_key", postgresql_where=_KEPT, sqlite_where=_KEPT),
-        Index("ix_jobs_batch_line", "batch_id", "line", "id", postgresql_where=_BATCHED, sqlite_where=_BATCHED),
-        # What is looked for in a large batch and rarely there: these cost nothing on the way of a job that succeeds.
+        # A listing of all jobs of a project or a batch puts places together (`db.places`): each of these indexes is written when a job comes
+        # to its place, one of all jobs would be with each change.
+        Index("ix_jobs_project_waiting", "project_id", "id", postgresql_where=_STILL, sqlite_where=_STILL),
         Index("ix_jobs_waiting", "batch_id", "line", "id", postgresql_where=_WAITING, sqlite_where=_WAITING),
+        # Those without a result are rare: these cost nothing on the way of a job that succeeds.
         Index("ix_jobs_batch_unwell", "batch_id", "line", "id", postgresql_where=_UNWELL, sqlite_where=_UNWELL),
         Index("ix_jobs_unwell", "project_id", "id", postgresql_where=_UNWELL, sqlite_where=_UNWELL),
         # Results are looked at newest first while the newest jobs still wait: without these, all of what waits is walked along.
         Index("ix_jobs_batch_succeeded", "batch_id", "line", "id", postgresql_where=_BATCH_SUCCEEDED, sqlite_where=_BATCH_SUCCEEDED),
         Index("ix_jobs_succeeded", "project_id", "id", postgresql_where=_SUCCEEDED, sqlite_where=_SUCCEEDED),
         Index("ix_jobs_blocked", "id", postgresql_where=_BLOCKED, sqlite_where=_BLOCKED),
-        Index("ix_jobs_project", "project_id", "id"),
         Index("ix_jobs_retry_of", "retry_of", postgresql_where=_RETRIED, sqlite_where=_RETRIED),
         {"postgresql_with": {"fillfactor": 45}},
     )

@@ -66,7 +66,8 @@ class Choice:
             set_clock(conn, self.queue, self.fair.now())
 
 
-def choose(conn: Connection, queue: str, look: Any, room: Room, window: int, worker_seen_s: float) -> Choice | None:
+def choose(conn: Connection, queue: str, look: Any, room: Room, window: int, worker_seen_s: float,
+           fronts: dict[str, waiting.Front] | None = None) -> Choice | None:  # fmt: skip
     """What goes next, if anything does. The caller has the turn to dispatch from the queue.
 
     Highest priority first; inside a band the project with the least virtual time (compute seconds over weight) goes next. Within a project,
@@ -79,9 +80,11 @@ def choose(conn: Connection, queue: str, look: Any, room: Room, window: int, wor
         room: How much may leave.
         window: Rows looked at per project.
         worker_seen_s: How fresh a worker's report must be for it to count.
+        fronts: Where each project's queue begins, as this left it the last time: for one who comes back so soon that what came in behind
+            these, or of other projects, may wait for the next one who does not bring them. Changed here; empty at first.
     """
     at, workers, full = float(look.at), max(1, int(look.workers)), room.full
-    candidates = waiting.candidates(conn, queue, at, window)
+    candidates = waiting.candidates(conn, queue, at, window, fronts)
     if not candidates:
         return None
     fair = waiting.Fair(conn, queue, candidates, look.clock, bool(look.jobs))
@@ -92,43 +95,47 @@ def choose(conn: Connection, queue: str, look: Any, room: Room, window: int, wor
         candidates = {project: candidates[project] for project in strangers}
         if not candidates:
             return None
-    spread = waiting.spread(conn, queue, candidates, workers)
-    if spread and not full and any(rows.cut for rows in candidates.values()):
+    # Who comes back soon takes little at a time: what is left for the others needs no count.
+    spread = waiting.spread(conn, queue, candidates, workers) if fronts is None else waiting.spread_seen(candidates, workers)
+    if fronts is None and spread and not full and any(rows.cut for rows in candidates.values()):
         # So little waits that workers get equal shares of it: then all of it must be seen.
         candidates = waiting.candidates(conn, queue, at, waiting.for_all(candidates, workers))
         spread = waiting.spread(conn, queue, candidates, workers)
     bounds = limits.caps(conn, queue, {key for rows in candidates.values() for key in rows.share_keys}, at, worker_seen_s)
     prefer = warm.Preference(conn, queue, at, worker_seen_s)
     hints: list[Hint] = []
+    seen = dict(candidates)
     taken, room_s, room_jobs = 0, room.seconds, room.jobs
-    idle = int(look.jobs) == 0
+    idle = look.jobs == 0
+    early: set[str] = set()
     while candidates and (full or ((room_s > 0 or room_jobs > 0 or len(hints) < room.hints) and taken < room.most)):
         project = min(candidates, key=lambda p: (-candidates[p].head.priority, fair.virtual[p], p))
-        rows = candidates[project].front(warm.AHEAD + 1)
+        rows = candidates[project].first(warm.AHEAD + 1)
         place, company = prefer.pick(project, rows)
         head = rows[place]
         spec = get_kind(head.kind)
         limit = min(spec.max_group, bounds.get(head.share_key, spec.max_group), company or spec.max_group, spread.get(head.share_key, spec.max_group))
-        group = candidates[project].take(head, limit)
+        ids, cost = candidates[project].take(head, limit)
         alone_too_early = (
-            len(group) < limit and spec.wait_s > 0 and not idle and head.priority < Priority.INTERACTIVE
+            len(ids) < limit and spec.wait_s > 0 and not idle and head.priority < Priority.INTERACTIVE
             and at - max(head.created_at, head.run_after) < spec.wait_s
         )  # fmt: skip
         if not candidates[project] or (full and not alone_too_early):
             del candidates[project]
         if alone_too_early:
+            early.add(project)
             continue
         if place:
-            prefer.passed(project, rows[0].id, len(group))
-        cost = sum(row.seconds for row in group)
+            prefer.passed(project, rows[0].id, len(ids))
         fair.charge(project, cost)
         room_s -= cost
-        room_jobs -= len(group)
-        taken += len(group)
-        ids = tuple([row.id for row in group])
+        room_jobs -= len(ids)
+        taken += len(ids)
         hints.append(Hint(head.kind, queue, head.priority, ids, at, project in strangers, head.attempt > 0, head.model))
         strangers.discard(project)
         idle = False
+    if fronts is not None:
+        fronts.update((project, rows.front) for project, rows in seen.items() if project not in early)
     return Choice(queue, hints, fair, prefer, look.clock) if hints else None
 
 

@@ -331,7 +331,8 @@ def dispatch(conn: Connection, queue: str, *, cap_s: float, max_jobs: int = 4096
 
 
 def take(conn: Connection, queue: str, kind: str, model: str | None, worker: str, lease_s: float, *, window: int = 512,
-         worker_seen_s: float = 60.0, named: list[str] | None = None) -> list[Claimed]:  # fmt: skip
+         worker_seen_s: float = 60.0, named: list[str] | None = None,
+         fronts: dict[str, waiting.Front] | None = None) -> list[Claimed]:  # fmt: skip
     """Dispatch the next micro-batch of a queue straight into a worker's hands: one change of state instead of two, and no message.
 
     Whoever has the turn is chosen as by `dispatch`. For a worker that has just done such jobs, while nothing waits on the broker.
@@ -346,16 +347,17 @@ def take(conn: Connection, queue: str, kind: str, model: str | None, worker: str
         window: Rows looked at per project.
         worker_seen_s: How fresh a worker's report must be for it to count.
         named: Gets the ids before anything is written: whoever does not learn whether the commit took effect asks for these.
+        fronts: Where each project's queue begins, kept from one call to the next, empty at first: see `choice.choose`.
 
     Returns:
         The claimed jobs.
     """
     if not _turn(conn, queue, patient=True):
         return []
-    look = waiting.look(conn, queue, worker_seen_s)
+    look = waiting.glance(conn, queue, worker_seen_s)
     if look.paused:
         return []
-    chosen = choose(conn, queue, look, Room(0.0, 1, 1), window, worker_seen_s)  # one micro-batch
+    chosen = choose(conn, queue, look, Room(0.0, 1, 1), window, worker_seen_s, {} if fronts is None else fronts)  # one micro-batch
     if chosen is None:
         return []
     [hint] = chosen.hints
@@ -627,57 +629,62 @@ def finish(conn: Connection, results: Sequence[Success], worker: str | None = No
     by_attempt: dict[int, list[Success]] = defaultdict(list)
     for result in results:
         by_attempt[result.attempt].append(result)
+    published: list[Success] = []
     for attempt, some in by_attempt.items():
         fence = {"p_ids": packed(dialect, [r.job_id for r in some]), "p_attempt": attempt}
-        keyed = any(r.result_key or r.reused_from for r in some)
+        keyed = any([r.result_key or r.reused_from for r in some])
         kept = packed_rows(dialect, "p_keyed", _KEYS, [(r.job_id, r.result_key, r.reused_from) for r in some]) if keyed else {}
         hit = {row[0]: row for row in conn.execute(_succeeded(dialect, keyed), {**fence, **kept}).all()}
         done.update(hit)
+        published += some if len(hit) == len(some) else [r for r in some if r.job_id in hit]
         if len(hit) < len(some):
             for job_id in conn.execute(_asked_to_stop(dialect), fence).scalars().all():
                 stop(conn, Stop(job_id, attempt, {"type": "cancelled", "code": "cancelled", "message": "cancelled while it ran"}))
     if not done:
         return []
-    at = max(row.finished_at for row in done.values())
-    published = [r for r in results if (row := done.get(r.job_id)) is not None and row.attempt == r.attempt]
+    at = max([row[_FINISHED_AT] for row in done.values()])
     _refuse_marked(conn, {a.object_key for r in published for a in r.artifacts}, list(done))
     _refuse_gone(conn, {a.object_key for r in published if r.reused_from for a in r.artifacts})
     artifacts: list[tuple[Any, ...]] = []
     attempts: list[tuple[Any, ...]] = []
     groups: dict[int, dict[str, Any]] = {}
     for r in published:
-        row = done[r.job_id]
-        rows = [_artifact_row(new_id("art"), n, a, row, at) for n, a in enumerate(r.artifacts)]
+        # By their places: a name costs a row of SQLAlchemy's as much as all else that is done with it here.
+        job_id, project_id, _, kind, queue, seed, model, size, micro_batch, started_at, finished_at = done[r.job_id]
+        rows = [_artifact_row(new_id("art"), n, a, job_id, r.attempt, project_id, seed, model, at) for n, a in enumerate(r.artifacts)]
         artifacts += rows
         if r.models:
             by_name = {values[6]: dict(zip(_ARTIFACT, values, strict=True)) for values in rows}
-            for model in r.models:
-                insert_model(conn, _model_row(model, row, by_name, at))
-        ran = worker or owners.get(r.job_id) or ""
-        if row.micro_batch is None:
+            for made in r.models:
+                insert_model(conn, _model_row(made, project_id, job_id, by_name, at))
+        if (group := groups.get(micro_batch)) is not None:
+            group["started_at"] = min(group["started_at"], started_at)
+            group["finished_at"] = max(group["finished_at"], finished_at)
+            continue
+        ran = worker or owners.get(job_id) or ""
+        if micro_batch is None:
             # Claimed by an earlier release.
             told = dumps(dict(r.phases)) if r.phases else None
-            attempts.append((r.job_id, r.attempt, ran, row.group_size, row.started_at, row.finished_at, "succeeded", None, told))
-        elif (group := groups.get(row.micro_batch)) is not None:
-            group["started_at"] = min(group["started_at"], row.started_at)
-            group["finished_at"] = max(group["finished_at"], row.finished_at)
+            attempts.append((job_id, r.attempt, ran, size, started_at, finished_at, "succeeded", None, told))
         else:
-            groups[row.micro_batch] = {
-                "id": row.micro_batch, "kind": row.kind, "queue": row.queue, "worker": ran, "jobs": row.group_size,
-                "started_at": row.started_at, "finished_at": row.finished_at, "phases": dict(r.phases) or None,
+            groups[micro_batch] = {
+                "id": micro_batch, "kind": kind, "queue": queue, "worker": ran, "jobs": size,
+                "started_at": started_at, "finished_at": finished_at, "phases": dict(r.phases) or None,
             }  # fmt: skip
     insert_rows(conn, Artifact, _ARTIFACT, artifacts)
     insert_rows(conn, Attempt, _ATTEMPT, attempts)
     if groups:
         # In order: two commits may end parts of the same ones, and each waits for the other's row.
         conn.execute(_micro_batch(dialect), [group for _, group in sorted(groups.items())])
-    _ended(conn, list(done.values()), JobState.SUCCEEDED, at, reused={r.job_id for r in published if r.reused_from})
+    _ended(conn, [row[:4] for row in done.values()], JobState.SUCCEEDED, at, reused={r.job_id for r in published if r.reused_from})
     _unblock(conn, list(done))
     return list(done)
 
 
 _KEYS = ("id", "result_key", "reused_from")
 """Columns of what `_succeeded` with ``keyed`` is given as ``p_keyed``."""
+_FINISHED_AT = 10
+"""Place of that column in what `_succeeded` returns."""
 
 
 @cache
@@ -687,8 +694,8 @@ def _succeeded(dialect: str, keyed: bool) -> Any:
         "lease_until": None,
     }  # fmt: skip
     columns = (
-        Job.c.id, Job.c.attempt, Job.c.project_id, Job.c.batch_id, Job.c.kind, Job.c.queue, Job.c.seed, Job.c.model, Job.c.group_size,
-        Job.c.micro_batch, Job.c.started_at, Job.c.finished_at,
+        Job.c.id, Job.c.project_id, Job.c.batch_id, Job.c.kind, Job.c.queue, Job.c.seed, Job.c.model, Job.c.group_size, Job.c.micro_batch,
+        Job.c.started_at, Job.c.finished_at,
     )  # fmt: skip
     named, *wanted = [*_fence(dialect), ~Job.c.cancel_requested]
     if dialect == "postgresql":
@@ -726,25 +733,26 @@ _ARTIFACT = (
 )  # fmt: skip
 
 
-def _artifact_row(artifact_id: str, position: int, a: NewArtifact, job: Any, at: float) -> tuple[Any, ...]:
+def _artifact_row(artifact_id: str, position: int, a: NewArtifact, job_id: str, attempt: int, project_id: str, seed: int, model: str | None,
+                  at: float) -> tuple[Any, ...]:  # fmt: skip
     """Values of `_ARTIFACT`."""
     return (
-        artifact_id, job.project_id, job.id, job.attempt, position, a.role, a.name, a.object_key, a.sha256, a.size, a.media_type,
-        dumps(a.meta) if a.meta else "{}", a.seed if a.seed is not None else job.seed, a.model or job.model,
+        artifact_id, project_id, job_id, attempt, position, a.role, a.name, a.object_key, a.sha256, a.size, a.media_type,
+        dumps(a.meta) if a.meta else "{}", a.seed if a.seed is not None else seed, a.model or model,
         dumps(list(a.parents)) if a.parents else "[]", at,
     )  # fmt: skip
 
 
-def _model_row(model: Mapping[str, Any], job: Any, artifacts: Mapping[str, Mapping[str, Any]], at: float) -> dict[str, Any]:
+def _model_row(model: Mapping[str, Any], project_id: str, job_id: str, artifacts: Mapping[str, Mapping[str, Any]], at: float) -> dict[str, Any]:
     files = {}
     for role, name in model["files"].items():
         row = artifacts[name]
         files[role] = {k: row[k] for k in ("object_key", "sha256", "size", "name")} | {"artifact_id": row["id"]}
     return {
-        "id": new_id("mv"), "project_id": job.project_id, "name": model["name"], "engine": model["engine"],
+        "id": new_id("mv"), "project_id": project_id, "name": model["name"], "engine": model["engine"],
         "tasks": list(model["tasks"]), "files": files, "options": model.get("options", {}), "config": model.get("config", {}),
         "metrics": model.get("metrics", {}), "lineage": model.get("lineage", {}), "memory_mb": model.get("memory_mb", 0),
-        "job_id": job.id, "created_at": at,
+        "job_id": job_id, "created_at": at,
     }  # fmt: skip
 
 
@@ -836,7 +844,7 @@ def publish(conn: Connection, job_id: str, attempt: int, artifact: NewArtifact) 
     # Published ones sort behind the outputs that the commit will number from 0.
     start = max(1000, (last or 0) + 1)
     at = database_time(conn)
-    insert_rows(conn, Artifact, _ARTIFACT, [_artifact_row(new_id("art"), start, artifact, row, at)])
+    insert_rows(conn, Artifact, _ARTIFACT, [_artifact_row(new_id("art"), start, artifact, row.id, row.attempt, row.project_id, row.seed, row.model, at)])
     return True
 
 
@@ -939,7 +947,7 @@ def stop(conn: Connection, result: Stop) -> JobState | None:
     # A worker of an earlier release wrote the row when it claimed the job.
     insert_rows(conn, Attempt, _ATTEMPT, [attempt], replacing=("job_id", "attempt"))
     if terminal:
-        _ended(conn, [row], verdict.state, at, error=result.error)
+        _ended(conn, [(row.id, row.project_id, row.batch_id, row.kind)], verdict.state, at, error=result.error)
         _fail_children(conn, [row.id])
     else:
         data = {"attempt": row.attempt, "error": dict(result.error), "delay_s": round(verdict.delay_s, 3)}
@@ -963,21 +971,28 @@ def _ended(conn: Connection, rows: Sequence[Any], state: JobState, at: float, *,
     """Counters and events of jobs that have just become terminal, at that time of the database's.
 
     Jobs that end together have one event: those of a batch, and where they succeed those of a project that belong to none.
+
+    Args:
+        conn: Connection in a write transaction.
+        rows: Id, project, batch and kind of each job.
+        state: What they became.
+        at: When.
+        error: Why, where they have no result.
+        reused: Those of them that took another job's result.
     """
-    deltas = Counter((row.batch_id, row.kind, str(state)) for row in rows if row.batch_id)
-    for row in rows:
-        if reused and row.batch_id and row.id in reused:
-            deltas[(row.batch_id, row.kind, "reused")] += 1
+    deltas = Counter([(batch_id, kind, str(state)) for _, _, batch_id, kind in rows if batch_id])
+    if reused:
+        deltas.update([(batch_id, kind, "reused") for job_id, _, batch_id, kind in rows if batch_id and job_id in reused])
     _add_deltas(conn, deltas)
     events: list[tuple[Any, ...]] = []
     grouped: dict[tuple[str, str | None], list[str]] = defaultdict(list)
     together = state == JobState.SUCCEEDED and len(rows) > 1
     alone = dumps({"state": str(state), **({"error": dict(error)} if error else {})})
-    for row in rows:
-        if error is None and (row.batch_id or together):
-            grouped[(row.project_id, row.batch_id)].append(row.id)
+    for job_id, project_id, batch_id, _ in rows:
+        if error is None and (batch_id or together):
+            grouped[(project_id, batch_id)].append(job_id)
         else:
-            events.append((at, f"job.{state}", row.project_id, row.batch_id, row.id, alone))
+            events.append((at, f"job.{state}", project_id, batch_id, job_id, alone))
     for (project_id, batch_id), ids in grouped.items():
         events.append((at, f"jobs.{state}", project_id, batch_id, None, dumps({"state": str(state), "jobs": ids})))
     insert_rows(conn, Event, ("at", "type", "project_id", "batch_id", "job_id", "data"), events)
@@ -1035,7 +1050,7 @@ def _fail_children(conn: Connection, parents: Sequence[str]) -> None:
                 .returning(Job.c.id, Job.c.project_id, Job.c.batch_id, Job.c.kind, Job.c.finished_at)
             ).one_or_none()
             if row is not None:
-                _ended(conn, [row], state, row.finished_at, error=error)
+                _ended(conn, [row[:4]], state, row.finished_at, error=error)
                 next_level.append(child)
         level = next_level
 
@@ -1262,7 +1277,7 @@ def cancel_jobs(conn: Connection, ids: Sequence[str]) -> dict[str, int]:
         rows = conn.execute(_cancelled(dialect), some).all()
         requested += conn.execute(_asked(dialect), some).rowcount
         if rows:
-            _ended(conn, rows, JobState.CANCELLED, max(row.finished_at for row in rows))
+            _ended(conn, [row[:4] for row in rows], JobState.CANCELLED, max(row.finished_at for row in rows))
             _fail_children(conn, [r.id for r in rows])
         ended += len(rows)
     return {"cancelled": ended, "requested": requested}

@@ -1,12 +1,12 @@
 """Queued rows as a dispatcher sees them: which there are, in which order, and what may go together. Nothing here writes."""
 
-from collections import Counter, defaultdict, deque
+from collections import Counter, deque
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from itertools import islice
 from typing import Any
 
-from sqlalchemy import Connection, String, and_, bindparam, cast, func, or_, select, text
+from sqlalchemy import Connection, String, and_, bindparam, cast, func, null, or_, select, text, tuple_
 
 from contentfactory.jobs.spec import get_kind
 from contentfactory.states import BatchState, JobState
@@ -39,12 +39,14 @@ _PROJECTS = _skipping(
 """Projects that have queued jobs on a queue, without those that are paused."""
 
 
+Front = tuple[int, int, str]
+"""Where a project's queue begins: band, rank and id of a job before which none of its jobs waits."""
 HELD_BATCHES = select(Batch.c.id).where(Batch.c.finished_at.is_(None), or_(Batch.c.paused, Batch.c.state == BatchState.CANCELLING))
 PAUSED_PROJECTS = select(Project.c.id).where(Project.c.paused)
 _QUEUED = (
     select(
         Job.c.id, Job.c.kind, Job.c.priority, Job.c.share_key, Job.c.seconds, Job.c.group_limit, Job.c.created_at, Job.c.run_after,
-        Job.c.model, Job.c.attempt,
+        Job.c.model, Job.c.attempt, Job.c.band, Job.c.rank,
     )
     .where(has_state(JobState.QUEUED), Job.c.queue == bindparam("p_queue"), Job.c.project_id == bindparam("p_project"))
     .where(Job.c.run_after <= bindparam("p_at"), or_(Job.c.batch_id.is_(None), Job.c.batch_id.not_in(HELD_BATCHES)))
@@ -52,6 +54,10 @@ _QUEUED = (
     .limit(bindparam("p_most"))
 )  # fmt: skip
 """A project's waiting jobs in their order."""
+_ID, _PRIORITY, _SHARE_KEY, _SECONDS, _GROUP_LIMIT = 0, 2, 3, 4, 5
+"""Columns of that: names cost a row of SQLAlchemy's as much as all else that is done with it."""
+_QUEUED_FROM = _QUEUED.where(tuple_(Job.c.band, Job.c.rank, Job.c.id) >= tuple_(bindparam("p_band"), bindparam("p_rank"), bindparam("p_id")))
+"""Those from a front on. What has left stands in PostgreSQL's index until it is vacuumed, and every look from the beginning passes over it."""
 _IN_BROKER = (
     select(func.coalesce(func.sum(Job.c.seconds), 0.0).label("seconds"), func.count().label("jobs"))
     .where(Job.c.queue == bindparam("queue"), has_state(JobState.DISPATCHED))
@@ -66,6 +72,7 @@ _LOOK = select(
     select(Mark.c.value).where(Mark.c.name == bindparam("clock")).scalar_subquery().label("clock"),
 )  # fmt: skip
 """All that a dispatcher must know of a queue, in one round trip."""
+_GLANCE = select(*(column for column in _LOOK.selected_columns if column.name not in ("seconds", "jobs")), null().label("jobs"))
 STRANGERS = 64
 """Projects that may each send a micro-batch though the broker holds all that it should."""
 _IN_FLIGHT = (
@@ -78,6 +85,11 @@ _IN_FLIGHT = (
 def look(conn: Connection, queue: str, worker_seen_s: float) -> Any:
     """A queue in one round trip: time (``at``), ``paused``, ``seconds`` and ``jobs`` in the broker, live ``workers``, its virtual ``clock``."""
     return conn.execute(_LOOK, {"queue": queue, "seen_s": worker_seen_s, "serves": f'%"{queue}"%', "clock": clock_name(queue)}).one()
+
+
+def glance(conn: Connection, queue: str, worker_seen_s: float) -> Any:
+    """As `look`, without counting what is on the broker: ``jobs`` is None. For who knows that next to nothing is."""
+    return conn.execute(_GLANCE, {"queue": queue, "seen_s": worker_seen_s, "serves": f'%"{queue}"%', "clock": clock_name(queue)}).one()
 
 
 _IDLE = (
@@ -177,13 +189,24 @@ def spread(conn: Connection, queue: str, candidates: Mapping[str, "Waiting"], wo
     """
     if workers < 2:
         return {}
+    most = for_all(candidates, workers)
+    seen = sum(len(rows) for rows in candidates.values())
+    return _shares_for(candidates, workers, seen if seen >= most else int(conn.execute(_AHEAD, {"p_queue": queue, "p_most": most}).scalar_one()))
+
+
+def spread_seen(candidates: Mapping[str, "Waiting"], workers: int) -> dict[str, int]:
+    """As `spread`, without looking further than what is there: no bound where there may be more."""
+    if workers < 2 or any(rows.cut for rows in candidates.values()):
+        return {}
+    return _shares_for(candidates, workers, 0)
+
+
+def _shares_for(candidates: Mapping[str, "Waiting"], workers: int, waiting: int) -> dict[str, int]:
     alike: Counter[str] = Counter()
     for rows in candidates.values():
         alike.update(rows.sizes())
     seen = sum(alike.values())
-    most = for_all(candidates, workers)
-    waiting = seen if seen >= most else int(conn.execute(_AHEAD, {"p_queue": queue, "p_most": most}).scalar_one())
-    if waiting >= most:
+    if max(waiting, seen) >= for_all(candidates, workers):
         return {}
     return {key: -(-n * max(waiting, seen) // (seen * workers)) for key, n in alike.items()}
 
@@ -211,12 +234,20 @@ class Waiting:
         self._rows = rows
         self._next = 0
         self._taken: set[str] = set()
-        self._alike: dict[tuple[str, int], deque[Any]] = defaultdict(deque)
-        for row in rows:
-            self._alike[(row.share_key, row.priority)].append(row)
+        self._bounded = any([row[_GROUP_LIMIT] for row in rows])
+        self._alike: dict[tuple[str, int], deque[Any]] = {}
+        keys = [(row[_SHARE_KEY], row[_PRIORITY]) for row in rows]
+        if keys.count(keys[0]) == len(keys):
+            self._alike[keys[0]] = deque(rows)
+        else:
+            for key, row in zip(keys, rows, strict=True):
+                self._alike.setdefault(key, deque()).append(row)
+
+    def __len__(self) -> int:
+        return len(self._rows) - len(self._taken)
 
     def __bool__(self) -> bool:
-        while self._next < len(self._rows) and self._rows[self._next].id in self._taken:
+        while self._next < len(self._rows) and self._rows[self._next][_ID] in self._taken:
             self._next += 1
         return self._next < len(self._rows)
 
@@ -226,52 +257,80 @@ class Waiting:
         bool(self)
         return self._rows[self._next]
 
+    @property
+    def front(self) -> Front:
+        """Where the queue begins; behind the last row, that one's place."""
+        row = self.head if self else self._rows[-1]
+        return row.band, row.rank, row.id
+
     def sizes(self) -> Counter[str]:
         """Rows by what they could share."""
-        return Counter({key: len(rows) for (key, _), rows in self._alike.items()})
+        sizes: Counter[str] = Counter()
+        for (key, _), rows in self._alike.items():
+            sizes[key] += len(rows)
+        return sizes
 
     @property
     def share_keys(self) -> set[str]:
         """What the rows could share."""
         return {key for key, _ in self._alike}
 
-    def front(self, count: int) -> list[Any]:
+    def first(self, count: int) -> list[Any]:
         """The next rows in their order; ask whether there is one first."""
         bool(self)
         found: list[Any] = []
         for row in islice(self._rows, self._next, None):
-            if row.id not in self._taken:
+            if row[_ID] not in self._taken:
                 found.append(row)
                 if len(found) == count:
                     break
         return found
 
-    def take(self, head: Any, most: int) -> list[Any]:
-        """A row and those behind it that may share its forward pass, at most so many; each row may bound its company."""
+    def take(self, head: Any, most: int) -> tuple[tuple[str, ...], float]:
+        """A row and those behind it that may share its forward pass, at most so many; each row may bound its company.
+
+        Returns:
+            Their ids, and what they are estimated to take together, compute seconds.
+        """
         alike = self._alike[(head.share_key, head.priority)]
         group: list[Any] = []
+        if not self._bounded:
+            group = [alike.popleft() for _ in range(min(most, len(alike)))]
         left: list[Any] = []
-        while alike and len(group) < most:
+        while self._bounded and alike and len(group) < most:
             row = alike.popleft()
-            if group and row.group_limit and len(group) >= row.group_limit:
+            limit = row[_GROUP_LIMIT]
+            if group and limit and len(group) >= limit:
                 left.append(row)
                 continue
             group.append(row)
-            most = min(most, row.group_limit or most)
+            most = min(most, limit or most)
         alike.extendleft(reversed(left))
-        self._taken.update(row.id for row in group)
-        return group
+        ids = tuple([row[_ID] for row in group])
+        self._taken.update(ids)
+        return ids, sum([row[_SECONDS] for row in group])
 
 
-def candidates(conn: Connection, queue: str, at: float, window: int) -> dict[str, Waiting]:
-    """The waiting jobs of each project that is not paused, at most ``window`` of one, those that are due."""
-    projects = conn.execute(_PROJECTS, {"queue": queue}).scalars().all()
+def candidates(conn: Connection, queue: str, at: float, window: int, fronts: Mapping[str, Front] | None = None) -> dict[str, Waiting]:
+    """The waiting jobs of each project that is not paused, at most ``window`` of one, those that are due.
+
+    Args:
+        conn: Connection.
+        queue: Queue.
+        at: The database's time.
+        window: Most rows of a project.
+        fronts: Projects to look at and where the queue of each begins; all projects from their beginning where there are none.
+    """
+    projects = fronts or dict.fromkeys(conn.execute(_PROJECTS, {"queue": queue}).scalars().all())
     if not projects:
         return {}
     per_project = max(32, min(window, 8192 // len(projects)))
     found: dict[str, Waiting] = {}
-    for project in projects:
-        rows = conn.execute(_QUEUED, {"p_queue": queue, "p_project": project, "p_at": at, "p_most": per_project}).all()
+    for project, front in projects.items():
+        wanted: dict[str, Any] = {"p_queue": queue, "p_project": project, "p_at": at, "p_most": per_project}
+        if front:
+            wanted |= dict(zip(("p_band", "p_rank", "p_id"), front, strict=True))
+        rows = conn.execute(_QUEUED_FROM if front else _QUEUED, wanted).all()
         if rows:
             found[project] = Waiting(rows, len(rows) == per_project)
     return found

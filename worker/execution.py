@@ -32,6 +32,7 @@ from contentfactory.states import JobState, Priority
 from db import jobs, lifecycle, limits, retention
 from db.lifecycle import Claimed, NewArtifact, Stop, Success
 from db.session import Database
+from db.waiting import Front
 from producer.dispatch import Dispatcher
 from producer.models import find
 from producer.publish import Publisher
@@ -155,6 +156,8 @@ class Executor:
         self.stay_s = STAY_S
         self._stays = False
         """Whether more is taken after this micro-batch: room on the broker is then left alone."""
+        self._fronts: dict[str, Front] = {}
+        """Where the queue of each project begins, as long as it stays."""
         self._draining = False
         self._models: dict[str, ResolvedModel] = {}
         self._flying: set[str] = set()
@@ -178,6 +181,7 @@ class Executor:
         Returns when the runner is done; the commit may still be under way.
         """
         begun = time.monotonic()
+        self._fronts.clear()
         if not self.warmup.ready(kind, ids):
             return
         failpoints.reached(failpoints.BEFORE_CLAIM)
@@ -239,10 +243,12 @@ class Executor:
         named: list[str] = []
 
         def work(conn: Any) -> list[Claimed]:
-            # The answer to a commit may be lost: what an earlier try took is ours, though nobody told us.
-            if named and (taken := lifecycle.claimed_by(conn, named, self.worker)):
-                return taken
-            return lifecycle.take(conn, spec.queue, spec.name, model, self.worker, self.settings.lease_s, named=named)
+            if named:
+                # The answer to a commit may be lost: what an earlier try took is ours, though nobody told us.
+                if taken := lifecycle.claimed_by(conn, named, self.worker):
+                    return taken
+                self._fronts.clear()  # they are behind what was not taken after all
+            return lifecycle.take(conn, spec.queue, spec.name, model, self.worker, self.settings.lease_s, named=named, fronts=self._fronts)
 
         try:
             if self.dispatcher.publisher.anything(self.queues or [spec.queue]):

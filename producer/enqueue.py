@@ -36,7 +36,11 @@ log = structlog.get_logger(__name__)
 
 EXPAND_ROWS = 4000
 """Rows in one transaction of the expander."""
+MANY_ROWS = 2000
+"""Rows written at once by `Producer.submit_many`: gone again before Python's collector counts them among what stays."""
 _PLAIN = frozenset({str, int, float, bool, type(None)})
+_Settled = tuple[str, str, float]
+"""What a row needs of checked params: their JSON, what they share a forward pass by, estimated compute seconds."""
 MAX_MANY = 100_000
 """Most jobs in one call of `Producer.submit_many`; what is larger goes in as a manifest, which streams."""
 
@@ -187,26 +191,31 @@ class Producer:
         if not 0 <= priority <= 100:
             raise InputError(f"priority is {priority}; allowed: 0 to 100", param="priority")
         project_id = self.project_id(project)
-        parsed: list[Params] = []
+        media = takes_media(spec.params)
+        checked: list[Params | _Settled] = []
+        referring: set[int] = set()
         for index, one in enumerate(params):
             try:
-                parsed.append(spec.validate(one))
+                parsed = spec.validate(one)
                 if seeds is not None and not 0 <= seeds[index] < 2**32:
                     raise InputError(f"seed is {seeds[index]}; allowed: 0 to {2**32 - 1}", param="seed")
             except InputError as error:
                 raise InputError(f"job {index}: {error.message}", code=error.code, param=error.param, index=index) from None
-        if not parsed:
+            # Whether there may be a reference in it: most params are plain values.
+            if media or not isinstance(one, Mapping) or any([type(value) not in _PLAIN for value in one.values()]):
+                referring.add(index)
+            # Nothing is kept that Python's collector would look at again and again, which took a third of the call.
+            settled = None if spec.takes_model or index in referring else (parsed.model_dump_json(), spec.share_key(parsed, None), estimate(spec, parsed))
+            checked.append(settled or parsed)
+        if not checked:
             return []
-        # Whether there may be a reference in it: most params are plain values.
-        nested = [not isinstance(one, Mapping) or any(type(value) not in _PLAIN for value in one.values()) for one in params]
-        ids = [new_id("job") for _ in parsed]
-        chosen = seeds if seeds is not None else [random.getrandbits(31) for _ in parsed]
-        cacheable, noted, media = reuse and spec.cacheable and self.settings.reuse_results, dict(labels or {}), takes_media(spec.params)
+        ids = [new_id("job") for _ in checked]
+        chosen = seeds if seeds is not None else [random.getrandbits(31) for _ in checked]
+        cacheable, noted = reuse and spec.cacheable and self.settings.reuse_results, dict(labels or {})
 
-        def row(conn: Any, pins: ModelPins, index: int) -> lifecycle.NewJob:
-            one = parsed[index]
+        def settle(conn: Any, pins: ModelPins, index: int, one: Params) -> tuple[_Settled, str | None, tuple[str, ...]]:
             parents: tuple[str, ...] = ()
-            if media or nested[index]:
+            if index in referring:
                 parents = tuple(dict.fromkeys(ref.job for _, ref in iter_refs(one)))
                 for parent in parents:
                     if not is_id(parent, "job") or jobs.get(conn, project_id, parent) is None:
@@ -214,9 +223,15 @@ class Producer:
                 self._check_artifacts(conn, project_id, one)
                 one = _pin_datasets(conn, project_id, one)
             model = pins.pin(spec, getattr(one, "model", None) if spec.takes_model else None)
+            return (one.model_dump_json(), spec.share_key(one, model), estimate(spec, one)), model, parents
+
+        def row(conn: Any, pins: ModelPins, index: int) -> lifecycle.NewJob:
+            one, model, parents = checked[index], None, ()
+            if not isinstance(one, tuple):
+                one, model, parents = settle(conn, pins, index, one)
+            text, share_key, seconds = one
             return lifecycle.NewJob(
-                id=ids[index], project_id=project_id, kind=spec.name, queue=spec.queue, params=one.model_dump_json(),
-                share_key=spec.share_key(one, model), seconds=estimate(spec, one), seed=chosen[index], model=model, priority=priority,
+                ids[index], project_id, spec.name, spec.queue, text, share_key, seconds, chosen[index], model, priority=priority,
                 parents=parents, reuse=cacheable, labels=noted,
             )  # fmt: skip
 
@@ -224,8 +239,8 @@ class Producer:
             if jobs.get(conn, project_id, ids[0]) is not None:
                 return  # an earlier try was committed and its answer lost
             pins = ModelPins(conn, project_id)
-            for start in range(0, len(ids), EXPAND_ROWS):
-                lifecycle.insert_jobs(conn, [row(conn, pins, i) for i in range(start, min(start + EXPAND_ROWS, len(ids)))], fresh=True)
+            for start in range(0, len(ids), MANY_ROWS):
+                lifecycle.insert_jobs(conn, [row(conn, pins, i) for i in range(start, min(start + MANY_ROWS, len(ids)))], fresh=True)
 
         self.database.run(work)
         self.kick([spec.queue], bulk=priority < Priority.INTERACTIVE)

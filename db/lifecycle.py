@@ -183,6 +183,8 @@ _ROW = (
     "seconds", "share_key", "reuse", "pending", "retry_of", "labels", "idempotency_key", "request_hash", "created_at",
 )  # fmt: skip
 """Columns of an accepted job; the others start with the table's defaults."""
+_PLAIN_ROW = ("id", "project_id", "rank", "kind", "queue", "state", "priority", "band", "params", "seed", "seconds", "share_key", "reuse", "created_at")
+"""Those of one that belongs to no batch, has no model and no further notes."""
 
 
 def insert_jobs(conn: Connection, jobs: Sequence[NewJob], *, fresh: bool = False) -> int:
@@ -201,6 +203,17 @@ def insert_jobs(conn: Connection, jobs: Sequence[NewJob], *, fresh: bool = False
         return 0
     created = database_time(conn)
     rank = int(created * 1000) * 1_000_000
+    if fresh and not any(
+        [j.batch_id or j.model or j.parents or j.labels or j.line or j.custom_id or j.retry_of or j.idempotency_key or j.request_hash for j in jobs]
+    ):
+        insert_rows(conn, Job, _PLAIN_ROW, [
+            (
+                job.id, job.project_id, job.rank or rank, job.kind, job.queue, "queued", job.priority, 100 - job.priority,
+                job.params if isinstance(job.params, str) else dumps(job.params), job.seed, job.seconds, job.share_key, job.reuse, created,
+            )
+            for job in jobs
+        ])  # fmt: skip
+        return len(jobs)
     own = {job.id for job in jobs}
     states = _lock_parents(conn, {p for job in jobs for p in job.parents} - own)
     rows: list[tuple[Any, ...]] = []

@@ -35,7 +35,7 @@ from contentfactory.states import TERMINAL, BatchState, JobState
 from db import waiting
 from db.choice import Hint, Room, charge, choose, set_clock
 from db.places import any_of
-from db.session import insert_for, now, upsert
+from db.session import BINARY, insert_for, now, upsert
 from db.sql import (
     among,
     among_given,
@@ -515,7 +515,7 @@ def _claim(dialect: str, one_kind: bool, dispatched: bool) -> Any:
         "started_at": now(), "progress": None, "message": None, "group_size": bindparam("p_n"),
         "micro_batch": bindparam("p_micro_batch"), **({"dispatched_at": bindparam("p_at")} if dispatched else {}),
     }  # fmt: skip
-    return update(Job).where(*wanted).values(values).returning(*_CLAIMED)
+    return update(Job).where(*wanted).values(values).returning(*_CLAIMED).execution_options(**BINARY)
 
 
 @cache
@@ -718,7 +718,7 @@ def _succeeded(dialect: str, keyed: bool) -> Any:
         given = rows_given(dialect, "p_keyed", _KEYS)
         named = Job.c.id == given.c.id
         values |= {"result_key": given.c.result_key, "reused_from": given.c.reused_from}
-    return update(Job).where(named, *wanted).values(values).returning(*columns)
+    return update(Job).where(named, *wanted).values(values).returning(*columns).execution_options(**BINARY)
 
 
 @cache

@@ -10,7 +10,7 @@ from sqlalchemy import Connection, String, and_, bindparam, cast, func, null, or
 
 from contentfactory.jobs.spec import get_kind
 from contentfactory.states import BatchState, JobState
-from db.session import now
+from db.session import BINARY, now
 from db.sql import among_given, has_state, packed
 from db.tables import Batch, Job, Mark, Project, Queue, Share, Worker
 
@@ -52,6 +52,7 @@ _QUEUED = (
     .where(Job.c.run_after <= bindparam("p_at"), or_(Job.c.batch_id.is_(None), Job.c.batch_id.not_in(HELD_BATCHES)))
     .order_by(Job.c.band, Job.c.rank, Job.c.id)
     .limit(bindparam("p_most"))
+    .execution_options(**BINARY)
 )  # fmt: skip
 """A project's waiting jobs in their order."""
 _ID, _PRIORITY, _SHARE_KEY, _SECONDS, _GROUP_LIMIT = 0, 2, 3, 4, 5

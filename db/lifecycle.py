@@ -29,6 +29,7 @@ from sqlalchemy import (
 )
 
 from contentfactory.errors import DependencyFailed, TransientError
+from contentfactory.fastjson import dumps_ids
 from contentfactory.ids import new_id
 from contentfactory.jobs.spec import RetryPolicy, get_kind
 from contentfactory.states import TERMINAL, BatchState, JobState
@@ -1007,7 +1008,7 @@ def _ended(conn: Connection, rows: Sequence[Any], state: JobState, at: float, *,
         else:
             events.append((at, f"job.{state}", project_id, batch_id, job_id, alone))
     for (project_id, batch_id), ids in grouped.items():
-        events.append((at, f"jobs.{state}", project_id, batch_id, None, dumps({"state": str(state), "jobs": ids})))
+        events.append((at, f"jobs.{state}", project_id, batch_id, None, dumps_ids({"state": str(state), "jobs": ids})))
     insert_rows(conn, Event, ("at", "type", "project_id", "batch_id", "job_id", "data"), events)
 
 

@@ -24,6 +24,7 @@ from worker.media import sniff
 
 _DATA_URI = re.compile(r"data:(?P<type>[\w.+-]+/[\w.+-]+)?(;[\w.+=-]+)*?;base64")
 _MAX_DATA_HEAD = 200
+_NESTED = frozenset({dict, list})
 MAX_TEXT_BYTES = 1_000_000
 
 
@@ -73,7 +74,7 @@ class Inputs:
         found: dict[str, RowMapping] = {}
         digest: dict[str, str] = {}
         texts: dict[str, str] = {}
-        if not takes_media(type(params)) and not (any(type(v) in (dict, list) for v in job.params.values()) and any(iter_refs(params))):
+        if not takes_media(type(params)) and not (_NESTED.intersection(map(type, job.params.values())) and any(iter_refs(params))):
             return Resolved(params, found, (), digest)
         with self.database.read() as conn:
             for field, modality, value in iter_inputs(params):

@@ -14,13 +14,14 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import structlog
 
 from contentfactory.errors import FactoryError, ServiceUnavailable
+from contentfactory.fastjson import dumps_ids, loads
 from contentfactory.process import collect_rarely
 from contentfactory.settings import Settings
 from worker.loading import LoadWatch, usage
@@ -104,7 +105,7 @@ class Keeper:
         with self._lock:
             message = {"op": "hold", "group": next(self._groups), "jobs": list(keys), "progress_s": progress_s, "limit_s": limit_s}
             self._held.update(dict.fromkeys(keys, message))
-            _send(self._process, message)
+            _send(self._process, message, dumps_ids)
 
     def settle(self, keys: Sequence[Key]) -> None:
         """The runner is done with these jobs: renew their leases until `drop`, but watch for progress no more."""
@@ -179,10 +180,10 @@ def _ignore_interrupt() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def _send(process: "subprocess.Popen[str]", message: dict[str, Any]) -> None:
+def _send(process: "subprocess.Popen[str]", message: dict[str, Any], dumps: Callable[[Any], str] = json.dumps) -> None:
     try:
         assert process.stdin is not None  # noqa: S101 - Popen was given a pipe
-        process.stdin.write(json.dumps(message) + "\n")
+        process.stdin.write(dumps(message) + "\n")
         process.stdin.flush()
     except (OSError, ValueError):
         pass  # it died; the watcher starts another and tells it everything again
@@ -229,7 +230,7 @@ class _Keeper:
     def read(self) -> None:
         for line in sys.stdin:
             try:
-                self.inbox.put(json.loads(line))
+                self.inbox.put(loads(line))
             except ValueError:
                 continue
         self.inbox.put(None)

@@ -80,8 +80,9 @@ def choose(conn: Connection, queue: str, look: Any, room: Room, window: int, wor
         room: How much may leave.
         window: Rows looked at per project.
         worker_seen_s: How fresh a worker's report must be for it to count.
-        fronts: Where each project's queue begins, as this left it the last time: for one who comes back so soon that what came in behind
-            these, or of other projects, may wait for the next one who does not bring them. Changed here; empty at first.
+        fronts: Where each project's queue begins, as this left it the last time: for one who comes for a single micro-batch, and so soon again
+            that what was queued in front of these meanwhile, or by other projects, may wait for whoever does not bring them. Changed here;
+            empty at first.
     """
     at, workers, full = float(look.at), max(1, int(look.workers)), room.full
     candidates = waiting.candidates(conn, queue, at, window, fronts)
@@ -107,7 +108,6 @@ def choose(conn: Connection, queue: str, look: Any, room: Room, window: int, wor
     seen = dict(candidates)
     taken, room_s, room_jobs = 0, room.seconds, room.jobs
     idle = look.jobs == 0
-    early: set[str] = set()
     while candidates and (full or ((room_s > 0 or room_jobs > 0 or len(hints) < room.hints) and taken < room.most)):
         project = min(candidates, key=lambda p: (-candidates[p].head.priority, fair.virtual[p], p))
         rows = candidates[project].first(warm.AHEAD + 1)
@@ -123,7 +123,6 @@ def choose(conn: Connection, queue: str, look: Any, room: Room, window: int, wor
         if not candidates[project] or (full and not alone_too_early):
             del candidates[project]
         if alone_too_early:
-            early.add(project)
             continue
         if place:
             prefer.passed(project, rows[0].id, len(ids))
@@ -135,7 +134,7 @@ def choose(conn: Connection, queue: str, look: Any, room: Room, window: int, wor
         strangers.discard(project)
         idle = False
     if fronts is not None:
-        fronts.update((project, rows.front) for project, rows in seen.items() if project not in early)
+        fronts.update((project, rows.front) for project, rows in seen.items())
     return Choice(queue, hints, fair, prefer, look.clock) if hints else None
 
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any
 
-from sqlalchemy import Connection, RowMapping, and_, bindparam, case, func, literal, null, or_, select
+from sqlalchemy import Connection, RowMapping, and_, bindparam, case, func, literal, null, or_, select, tuple_
 
 from contentfactory.states import TERMINAL, JobState
 from db.models import Artifact, Attempt, Dependency, Event, Job, MicroBatch
@@ -54,25 +54,33 @@ def list_page(conn: Connection, project_id: str, *, batch_id: str | None = None,
 
     Quick at a million jobs: a state that is rare is found by its own index, one that is common along the way.
     """
-    wanted: list[Any] = [Job.project_id == project_id]
+    wanted: list[Any] = [Job.kind == kind] if kind else []
     if batch_id:
         # A job's id is made of its batch's: its lines are what says which comes first.
-        wanted.append(Job.batch_id == batch_id)
-    if kind:
-        wanted.append(Job.kind == kind)
-    if after and batch_id:
-        line = conn.execute(select(Job.line).where(Job.id == after, Job.batch_id == batch_id)).scalar()
+        wanted += [Job.project_id == project_id, Job.batch_id == batch_id]
+        order: tuple[str, ...] = ("-line", "-id")
+        line = conn.execute(select(Job.line).where(Job.id == after, Job.batch_id == batch_id)).scalar() if after else None
         if line is not None:
             # The first condition says no more than the second, but an index can be entered by it.
             wanted += [Job.line <= line, or_(Job.line < line, Job.id < after)]
-    elif after:
-        wanted.append(Job.id < after)
-    order = ("-line", "-id") if batch_id else ("-id",)
+    else:
+        wanted += _of_project(project_id, before=after)
+        order = ("-project_id", "-id")
     if state and state not in TERMINAL and (few := _few(conn, project_id, batch_id, state)) is not None:
         query = select(*COLUMNS).where(*wanted, has_state(JobState(state)), among(conn, Job.id, few))
         return conn.execute(query.order_by(*(getattr(Job, name[1:]).desc() for name in order)).limit(limit)).mappings().all()
     states = [JobState(state)] if state else []
     return conn.execute(listed(COLUMNS, wanted, order, limit, batch=bool(batch_id), states=states)).mappings().all()
+
+
+def _of_project(project_id: str, before: str | None = None) -> list[Any]:
+    """Conditions on a project's jobs, to be sorted by project and id.
+
+    That both are compared at once keeps PostgreSQL from walking along the ids of all places and projects where it believes that nearly
+    all of them are wanted, which it goes on to believe for a while after they have changed their place.
+    """
+    place = tuple_(Job.project_id, Job.id)
+    return [place > tuple_(literal(project_id), literal("")), place < tuple_(literal(project_id), literal(before or "~"))]
 
 
 def _few(conn: Connection, project_id: str, batch_id: str | None, state: str) -> list[str] | None:
@@ -186,14 +194,15 @@ def children(conn: Connection, job_ids: Sequence[str]) -> list[RowMapping]:
 def ids_where(conn: Connection, project_id: str, states: Sequence[str], *, queue: str | None = None, kind: str | None = None,
               batch_id: str | None = None, limit: int = 1000) -> list[str]:  # fmt: skip
     """Ids of jobs in these states, oldest first."""
-    wanted: list[Any] = [Job.project_id == project_id]
+    wanted = [Job.project_id == project_id] if batch_id else _of_project(project_id)
     if queue:
         wanted.append(Job.queue == queue)
     if kind:
         wanted.append(Job.kind == kind)
     if batch_id:
         wanted.append(Job.batch_id == batch_id)
-    query = listed((Job.id,), wanted, ("id",), limit, batch=bool(batch_id), states=[JobState(state) for state in states])
+    order = ("id",) if batch_id else ("project_id", "id")
+    query = listed((Job.id, Job.project_id), wanted, order, limit, batch=bool(batch_id), states=[JobState(state) for state in states])
     return list(conn.execute(query).scalars())
 
 

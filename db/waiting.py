@@ -6,7 +6,7 @@ from functools import cache
 from itertools import islice
 from typing import Any
 
-from sqlalchemy import Connection, String, and_, bindparam, cast, func, null, or_, select, text, tuple_
+from sqlalchemy import Connection, String, and_, bindparam, cast, func, literal, or_, select, text, tuple_
 
 from contentfactory.jobs.spec import get_kind
 from contentfactory.states import BatchState, JobState
@@ -73,7 +73,7 @@ _LOOK = select(
     select(Mark.c.value).where(Mark.c.name == bindparam("clock")).scalar_subquery().label("clock"),
 )  # fmt: skip
 """All that a dispatcher must know of a queue, in one round trip."""
-_GLANCE = select(*(column for column in _LOOK.selected_columns if column.name not in ("seconds", "jobs")), null().label("jobs"))
+_GLANCE = select(*(column for column in _LOOK.selected_columns if column.name not in ("seconds", "jobs")), literal(0).label("jobs"))
 STRANGERS = 64
 """Projects that may each send a micro-batch though the broker holds all that it should."""
 _IN_FLIGHT = (
@@ -89,7 +89,7 @@ def look(conn: Connection, queue: str, worker_seen_s: float) -> Any:
 
 
 def glance(conn: Connection, queue: str, worker_seen_s: float) -> Any:
-    """As `look`, without counting what is on the broker: ``jobs`` is None. For who knows that next to nothing is."""
+    """As `look`, for who knows that nothing is on the broker: that is not counted."""
     return conn.execute(_GLANCE, {"queue": queue, "seen_s": worker_seen_s, "serves": f'%"{queue}"%', "clock": clock_name(queue)}).one()
 
 
@@ -235,7 +235,7 @@ class Waiting:
         self._rows = rows
         self._next = 0
         self._taken: set[str] = set()
-        self._bounded = any([row[_GROUP_LIMIT] for row in rows])
+        self._bounded = any(row[_GROUP_LIMIT] for row in rows)
         self._alike: dict[tuple[str, int], deque[Any]] = {}
         keys = [(row[_SHARE_KEY], row[_PRIORITY]) for row in rows]
         if keys.count(keys[0]) == len(keys):

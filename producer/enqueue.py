@@ -202,7 +202,7 @@ class Producer:
             except InputError as error:
                 raise InputError(f"job {index}: {error.message}", code=error.code, param=error.param, index=index) from None
             # Whether there may be a reference in it: most params are plain values.
-            if media or not isinstance(one, Mapping) or any([type(value) not in _PLAIN for value in one.values()]):
+            if media or not isinstance(one, Mapping) or any(type(value) not in _PLAIN for value in one.values()):
                 referring.add(index)
             # Nothing is kept that Python's collector would look at again and again, which took a third of the call.
             settled = None if spec.takes_model or index in referring else (parsed.model_dump_json(), spec.share_key(parsed, None), estimate(spec, parsed))
@@ -226,10 +226,9 @@ class Producer:
             return (one.model_dump_json(), spec.share_key(one, model), estimate(spec, one)), model, parents
 
         def row(conn: Any, pins: ModelPins, index: int) -> lifecycle.NewJob:
-            one, model, parents = checked[index], None, ()
-            if not isinstance(one, tuple):
-                one, model, parents = settle(conn, pins, index, one)
-            text, share_key, seconds = one
+            one = checked[index]
+            settled, model, parents = (one, None, ()) if isinstance(one, tuple) else settle(conn, pins, index, one)
+            text, share_key, seconds = settled
             return lifecycle.NewJob(
                 ids[index], project_id, spec.name, spec.queue, text, share_key, seconds, chosen[index], model, priority=priority,
                 parents=parents, reuse=cacheable, labels=noted,

@@ -143,9 +143,9 @@ class KindSpec:
         return "model" in self.params.model_fields
 
     @functools.cached_property
-    def _check(self) -> Callable[[Any], Any]:
+    def _check(self) -> Callable[[Any], Params]:
         # What `model_validate` comes to, which does more for a small class than the check itself.
-        check: Callable[[Any], Any] = self.params.__pydantic_validator__.validate_python
+        check: Callable[[Any], Params] = self.params.__pydantic_validator__.validate_python
         return check
 
     def validate(self, data: Mapping[str, Any]) -> Params:

@@ -105,6 +105,41 @@ def test_pages_of_a_batch_go_on_where_the_last_one_ended(database, project, batc
     assert found == list(range(COUNT - 1, -1, -1))
 
 
+@pytest.mark.parametrize("limit", [1, 300])
+def test_pages_of_a_project_put_all_places_together(database, project, batch, make_jobs, limit):
+    single = make_jobs(20)
+    with database.read() as conn:
+        there = sorted([*single, *(row["id"] for row in jobs.of_batch(conn, batch))], reverse=True)
+        found, after = [], None
+        while page := jobs.list_page(conn, project, after=after, limit=limit):
+            found += [row["id"] for row in page]
+            after = page[-1]["id"]
+            if limit == 1 and len(found) == 40:
+                break
+        assert found == there[: len(found)] and len(found) == (40 if limit == 1 else COUNT + 20)
+        assert jobs.list_page(conn, project, kind="text.embed") == []
+
+
+@pytest.mark.parametrize("states", [(), ("failed", "queued"), ("running",), ("succeeded", "dispatched", "blocked")])
+def test_jobs_of_a_batch_come_in_the_order_of_their_lines(database, project, batch, states):
+    with database.read() as conn:
+        found = lines(jobs.of_batch(conn, batch, [JobState(state) for state in states], chunk=7 if states else 300))
+        ids = jobs.ids_where(conn, project, states or list(JobState), batch_id=batch, limit=COUNT)
+    assert found == [n for n in range(COUNT) if not states or STATES.get(n, "queued") in states]
+    assert len(ids) == len(found) and ids == sorted(ids)
+
+
+@pytest.mark.parametrize("of", ["project", "batch"])
+def test_a_page_of_everything_is_read_from_an_index_for_each_place(database, project, batch, of):
+    with Plans(database) as plans, database.read() as conn:
+        page = jobs.list_page(conn, project, **({"batch_id": batch} if of == "batch" else {}))
+    assert len(page) == 50
+    plan = plans.text()
+    names = {"project": ("project_waiting", "succeeded", "unwell"), "batch": ("waiting", "batch_succeeded", "batch_unwell")}[of]
+    assert all(f"ix_jobs_{name}" in plan for name in (*names, "flying")), plan
+    assert passed_over(plan) <= 3, plan
+
+
 @pytest.mark.parametrize("state", ["succeeded", "failed", "dead", "cancelled"])
 @pytest.mark.parametrize("of", ["project", "batch"])
 def test_what_has_ended_is_not_looked_for_among_what_waits(database, project, batch, of, state):

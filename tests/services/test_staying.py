@@ -1,5 +1,7 @@
 """A worker takes the next micro-batch of the same kind by itself while nothing waits on the broker."""
 
+import functools
+import operator
 from collections import Counter
 
 import pytest
@@ -166,6 +168,75 @@ def test_jobs_that_go_alone_are_taken_alone(database, make_jobs):
     ids = make_jobs(3, kind="text.echo")
     database.run(lambda conn: conn.execute(Job.__table__.update().where(Job.id == ids[0]).values(group_limit=1)))
     assert [[c.id for c in take(database)] for _ in range(2)] == [ids[:1], ids[1:]]
+
+
+def test_a_look_begins_where_the_last_one_ended(database, project, make_jobs):
+    ids = make_jobs(2 * FULL + 3, kind="text.echo")
+    fronts = {}
+    taken = [take(database, fronts=fronts) for _ in range(2)]
+    assert [[c.id for c in group] for group in taken] == [ids[:FULL], ids[FULL : 2 * FULL]]
+    assert fronts == {project: (100, fronts[project][1], ids[2 * FULL - 1])}
+    # What comes back in front of that waits for one who looks from the beginning.
+    back = taken[0][5]
+    database.run(lambda conn: lifecycle.crash(conn, [(back.id, back.attempt)], "given back", released=True))
+    assert [c.id for c in take(database, fronts=fronts)] == ids[2 * FULL :]
+    assert take(database, fronts=fronts) == []
+    assert [c.id for c in take(database, fronts={})] == [back.id]
+
+
+def test_what_is_passed_over_in_a_look_is_found_in_the_next(database, make_jobs):
+    """The front stays at the first job that was not taken, however many behind it were."""
+    alone = make_jobs(1, kind="text.echo", share_key="a", priority=5)
+    others = make_jobs(3, kind="text.echo", share_key="b", priority=5)
+    late = make_jobs(2, kind="text.echo", share_key="a", priority=5)
+    fronts = {}
+    assert [[c.id for c in take(database, fronts=fronts)] for _ in range(3)] == [[*alone, *late], others, []]
+
+
+def test_projects_take_turns_in_looks_that_go_on(database, project, make_jobs):
+    other = database.run(lambda conn: projects.ensure(conn, "other"))
+    mine = make_jobs(2 * FULL, kind="text.echo", seconds=0.01)
+    theirs = make_jobs(2 * FULL, kind="text.echo", seconds=0.01, share_key="y", project_id=other)
+    fronts = {}
+    taken = [[c.id for c in take(database, fronts=fronts)] for _ in range(4)]
+    assert [*taken[0], *taken[2]] in (mine, theirs) and [*taken[1], *taken[3]] in (mine, theirs)
+    assert sorted(functools.reduce(operator.iadd, taken, [])) == sorted(mine + theirs) and set(fronts) == {project, other}
+
+
+def test_the_last_jobs_are_shared_among_workers_in_looks_that_go_on(database, make_jobs):
+    for name in ("a", "b", "c"):
+        database.run(lambda conn, name=name: lifecycle.report_worker(conn, name, ["text"], "cpu", 0, []))
+    make_jobs(FULL + 300, kind="text.echo")
+    fronts = {}
+    sizes = [len(take(database, fronts=fronts)) for _ in range(4)]
+    assert sizes == [FULL, 100, 67, 45]
+
+
+def test_a_take_that_was_undone_is_looked_for_from_the_beginning(database, make_jobs, executor, broker, monkeypatch):
+    ids = make_jobs(2 * FULL, kind="text.echo", params={"text": "a"}, seconds=1e-6)
+    hint = first(database, max_jobs=1)
+    real, failed = lifecycle.take, []
+
+    def fails_once(conn, *args, **options):
+        claimed = real(conn, *args, **options)
+        if not failed:
+            failed.append([c.id for c in claimed])
+            raise ServiceUnavailable("gone before the commit", code="ledger_unavailable")
+        return claimed
+
+    monkeypatch.setattr(lifecycle, "take", fails_once)
+    executor.run("text.echo", hint.ids)
+    executor.finishers.submit(lambda: None).result()
+    assert failed == [ids[FULL:]] and states(database) == {"succeeded": 2 * FULL}
+
+
+def test_each_hint_begins_with_a_whole_look(database, project, make_jobs, executor, broker):
+    make_jobs(2 * FULL, kind="text.echo", params={"text": "a"}, seconds=1e-6)
+    hint = first(database, max_jobs=1)
+    executor._fronts[project] = (100, 2**60, "z")  # of an earlier hint: behind everything
+    executor.run("text.echo", hint.ids)
+    executor.finishers.submit(lambda: None).result()
+    assert states(database) == {"succeeded": 2 * FULL}
 
 
 def test_an_answer_that_is_lost_leaves_its_jobs_to_the_next_claim(database, make_jobs, executor, broker, monkeypatch):

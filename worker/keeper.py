@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -105,7 +105,7 @@ class Keeper:
         with self._lock:
             message = {"op": "hold", "group": next(self._groups), "jobs": list(keys), "progress_s": progress_s, "limit_s": limit_s}
             self._held.update(dict.fromkeys(keys, message))
-            _send(self._process, message, dumps_ids)
+            _send(self._process, message)
 
     def settle(self, keys: Sequence[Key]) -> None:
         """The runner is done with these jobs: renew their leases until `drop`, but watch for progress no more."""
@@ -180,7 +180,9 @@ def _ignore_interrupt() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def _send(process: "subprocess.Popen[str]", message: dict[str, Any], dumps: Callable[[Any], str] = json.dumps) -> None:
+def _send(process: "subprocess.Popen[str]", message: dict[str, Any]) -> None:
+    # Only a runner's own words may hold what the quick writer does not take.
+    dumps = dumps_ids if message["op"] == "hold" else json.dumps
     try:
         assert process.stdin is not None  # noqa: S101 - Popen was given a pipe
         process.stdin.write(dumps(message) + "\n")

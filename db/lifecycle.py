@@ -317,13 +317,13 @@ def dispatch(conn: Connection, queue: str, *, cap_s: float, max_jobs: int = 4096
             (`take`). A project that has nothing there may send one micro-batch past both caps.
         window: Rows looked at per project.
         worker_seen_s: How fresh a worker's report must be for it to count.
-        top_up: Do nothing while more than half of what may be in flight is, or while somebody else dispatches.
+        top_up: Do nothing while more than half of what may be in flight is.
         patient: Whether to wait for somebody else who dispatches from this queue; nothing is done otherwise.
 
     Returns:
         Micro-batches in the order in which to publish them.
     """
-    if not _turn(conn, queue, patient=patient and not top_up):
+    if not _turn(conn, queue, patient=patient):
         return []
     look = waiting.look(conn, queue, worker_seen_s)
     if look.paused:

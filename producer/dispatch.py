@@ -36,14 +36,15 @@ class Dispatcher:
         self.publisher = publisher
         self.settings = settings
 
-    def dispatch(self, queues: Iterable[str] | None = None, *, top_up: bool = False, patient: bool = True) -> int:
+    def dispatch(self, queues: Iterable[str] | None = None, *, top_up: bool = False, patient: bool | None = None) -> int:
         """Dispatch what fits.
 
         Args:
             queues: Only these; every queue with queued jobs where left out.
             top_up: Leave queues alone in which more than half of what may be in flight still is: for callers that come
                 by often, each time after a little room was made.
-            patient: Whether to wait while somebody else dispatches from a queue; it is left alone otherwise.
+            patient: Whether to wait while somebody else dispatches or takes from a queue; it is left alone otherwise. Left out, who only
+                tops up does not wait.
 
         Returns:
             Number of jobs sent. A broker that is away is no error: the jobs stay queued.
@@ -51,6 +52,7 @@ class Dispatcher:
         if queues is None:
             with self.database.read() as conn:
                 queues = waiting.queues_with_work(conn)
+        patient = not top_up if patient is None else patient
         sent = 0
         for queue in queues:
             window = LOOK

@@ -62,9 +62,11 @@ INSTANT_BYTES = 65_536
 """Outputs up to this size are looked up among those that were just stored before they are put."""
 LOOK_REST_S = 0.15
 """Micro-batches that take less than this share looks at what the broker lacks: far less than it takes to work off half of what it may hold."""
-STAY_S = 1.0
+STAY_S = 5.0
 """How long a worker goes on with micro-batches of the same kind without going back to the broker between them: the share of all work that
-hints carry is small then, and whatever else the worker's parent does for it waits no longer."""
+hints carry is small then, and a worker that is told to stop does so soon enough."""
+LOOK_WHOLE_S = 1.0
+"""How often it looks at the whole queue meanwhile, and not from where it took the last one."""
 PENDING_GROUPS = 2
 """Micro-batches that may be encoded, uploaded and committed while the next one computes."""
 
@@ -157,7 +159,8 @@ class Executor:
         self._stays = False
         """Whether more is taken after this micro-batch: room on the broker is then left alone."""
         self._fronts: dict[str, Front] = {}
-        """Where the queue of each project begins, as long as it stays."""
+        """Where the queue of each project begins, since it last looked at the whole queue."""
+        self._looked_whole_at = 0.0
         self._draining = False
         self._models: dict[str, ResolvedModel] = {}
         self._flying: set[str] = set()
@@ -180,7 +183,7 @@ class Executor:
 
         Returns when the runner is done; the commit may still be under way.
         """
-        begun = time.monotonic()
+        begun = self._looked_whole_at = time.monotonic()
         self._fronts.clear()
         if not self.warmup.ready(kind, ids):
             return
@@ -199,7 +202,7 @@ class Executor:
             stayed, self._stays = self._stays, False
         failpoints.reached(failpoints.BEFORE_ACK)
         if stayed:
-            self._top_up(begun)
+            self._dispatch()
 
     def _claim(self, kind: str, ids: Sequence[str]) -> list[Claimed]:
         """Claim the jobs that a hint names; those that are ours now."""
@@ -254,6 +257,9 @@ class Executor:
             if self.dispatcher.publisher.anything(self.queues or [spec.queue]):
                 return []
             self._stays = True
+            if time.monotonic() - self._looked_whole_at > LOOK_WHOLE_S:
+                self._fronts.clear()
+                self._looked_whole_at = time.monotonic()
             failpoints.reached(failpoints.BEFORE_CLAIM)
             claimed = self.database.run(work)
         except ServiceUnavailable as error:
@@ -648,9 +654,17 @@ class Executor:
         at = time.monotonic()
         if self._stays or (self._flying and at - min(started, self._looked_at) < LOOK_REST_S):
             return  # whoever stays takes what there is
-        self._looked_at = at
+        self._dispatch(patient=False)
+
+    def _dispatch(self, *, patient: bool = True) -> None:
+        """Dispatch what there is room for.
+
+        Args:
+            patient: Whether to wait for whoever has the turn: nobody else may come by for a while where workers stay and each takes for itself.
+        """
+        self._looked_at = time.monotonic()
         try:
-            self.dispatcher.dispatch(top_up=True)
+            self.dispatcher.dispatch(top_up=True, patient=patient)
         except ServiceUnavailable:
             pass  # the timer will
 

@@ -2,6 +2,7 @@
 
 import functools
 import operator
+import threading
 from collections import Counter
 
 import pytest
@@ -237,6 +238,53 @@ def test_each_hint_begins_with_a_whole_look(database, project, make_jobs, execut
     executor.run("text.echo", hint.ids)
     executor.finishers.submit(lambda: None).result()
     assert states(database) == {"succeeded": 2 * FULL}
+
+
+@pytest.mark.parametrize("rest_s", [0.0, 60.0])
+def test_now_and_then_the_whole_queue_is_looked_at(database, make_jobs, executor, broker, monkeypatch, rest_s):
+    """A job that comes back in front of what was taken is found then, and not before."""
+    ids = make_jobs(3 * FULL, kind="text.echo", params={"text": "a"}, seconds=1e-6)
+    hint = first(database, max_jobs=1)
+    monkeypatch.setattr("worker.execution.LOOK_WHOLE_S", rest_s)
+    real, taken = lifecycle.take, []
+
+    def put_back_once(conn, *args, **options):
+        if len(taken) == 1:
+            # Three in the middle of what was just taken are given back before the next look.
+            back = [(c.id, c.attempt) for c in taken[0][:3]]
+            lifecycle.crash(conn, back, "given back", released=True)
+        claimed = real(conn, *args, **options)
+        taken.append(claimed)
+        return claimed
+
+    monkeypatch.setattr(lifecycle, "take", put_back_once)
+    executor.run("text.echo", hint.ids)
+    executor.finishers.submit(lambda: None).result()
+    returned = ids[FULL : FULL + 3]
+    assert [c.id for c in taken[1]][:3] == (returned if rest_s == 0.0 else ids[2 * FULL : 2 * FULL + 3])
+
+
+def test_who_leaves_waits_for_the_turn_to_dispatch(database, make_jobs, executor, broker):
+    """Others who stay have the turn most of the time: who only tried it would send nothing, and nobody would."""
+    make_jobs(1, kind="text.echo")
+    held, go = threading.Event(), threading.Event()
+
+    def hold():
+        with database.write() as conn:
+            lifecycle._turn(conn, "text", patient=True)
+            held.set()
+            go.wait(10)
+
+    other = threading.Thread(target=hold)
+    other.start()
+    assert held.wait(10)
+    if not database.sqlite:  # where nobody writes beside whoever has the turn
+        executor._dispatch(patient=False)
+        assert broker.sent == []
+    threading.Timer(0.2, go.set).start()
+    executor._dispatch()
+    other.join()
+    assert len(broker.sent) == 1
 
 
 def test_an_answer_that_is_lost_leaves_its_jobs_to_the_next_claim(database, make_jobs, executor, broker, monkeypatch):

@@ -117,7 +117,59 @@ def listings(factory: Factory, batch_id: str, count: int) -> dict[str, list[floa
     return found
 
 
+def work_off(factory: Factory, parts: int) -> list[float]:
+    """Take and commit all that waits, as a worker that stays does; microseconds a job in each part of the run."""
+    from db import lifecycle
+
+    def take(conn: Any) -> list[Any]:
+        return lifecycle.take(conn, "text", "text.echo", None, "bench", factory.settings.lease_s, fronts=fronts)
+
+    with factory.database.read() as conn:
+        waiting = int(conn.execute(text("SELECT count(*) FROM jobs WHERE place = 'queued'")).scalar_one())
+    fronts: dict[str, Any] = {}
+    spent: list[tuple[int, float]] = []
+    looked_at = time.perf_counter()
+    while True:
+        begun = time.perf_counter()
+        if begun - looked_at > 1.0:
+            fronts.clear()
+            looked_at = begun
+        claimed = factory.database.run(take)
+        if not claimed:
+            break
+        made = (lifecycle.NewArtifact("text.txt", "a/none", "0" * 64, 1, "text/plain"),)
+        results = [lifecycle.Success(c.id, c.attempt, made, (), None, None, {"compute_s": 0.0}) for c in claimed]
+        factory.database.run(lambda conn, results=results: lifecycle.finish(conn, results, "bench"))
+        spent.append((len(claimed), time.perf_counter() - begun))
+    if sum(n for n, _ in spent) != waiting:
+        raise RuntimeError(f"{waiting} jobs waited, {sum(n for n, _ in spent)} were done")
+    size = len(spent) / parts
+    cut = [spent[round(k * size) : round((k + 1) * size)] for k in range(parts)]
+    return [sum(t for _, t in part) / sum(n for n, _ in part) * 1e6 for part in cut]
+
+
+def _run_worked_off(bench: Bench) -> None:
+    """What has left a queue stays in an index until it is vacuumed: the last jobs of a long run must not pay for the first."""
+    rows, parts = bench.pick(2000, 60_000, 400_000), bench.pick(2, 5, 10)
+    for profile, database in (("production", "postgresql"), ("embedded", "sqlite")):
+        if not bench.wants(f"scale.worked_off_{database}"):
+            continue
+        with bench.case(f"scale.worked_off_{database}", f"take and commit of a job while {rows:,} are worked off", "µs/job", better="lower") as case:
+            for _ in range(bench.rounds):
+                factory = bench.factory(profile)
+                try:
+                    fill(factory, rows)
+                    costs = work_off(factory, parts)
+                finally:
+                    factory.close()
+                for n, cost in enumerate(costs, 1):
+                    case.add(f"part {n} of {parts}", {"value": cost})
+            first, last = f"part 1 of {parts}", f"part {parts} of {parts}"
+            case.check("last part ÷ first", case.series(last).median / case.series(first).median, "<=", 1.1, "×")
+
+
 def run(bench: Bench) -> None:
+    _run_worked_off(bench)
     sizes = bench.pick((500, 1000), (1000, 100_000), (1000, 100_000, 1_000_000))
     for profile in ("production", "embedded"):
         database = "postgresql" if profile == "production" else "sqlite"

@@ -65,6 +65,8 @@ LOOK_REST_S = 0.15
 STAY_S = 5.0
 """How long a worker goes on with micro-batches of the same kind without going back to the broker between them: the share of all work that
 hints carry is small then, and a worker that is told to stop does so soon enough."""
+QUICK_S = 1.0
+"""It does so while a micro-batch takes no longer than this: longer ones are shared among workers by whoever dispatches them."""
 LOOK_WHOLE_S = 1.0
 """How often it looks at the whole queue meanwhile, and not from where it took the last one."""
 PENDING_GROUPS = 2
@@ -155,7 +157,7 @@ class Executor:
         self._drain = drain_file(settings)
         self._drain_seen = 0.0
         self._looked_at = -1e9
-        self.stay_s = STAY_S
+        self.stay_s, self.quick_s = STAY_S, QUICK_S
         self._stays = False
         """Whether more is taken after this micro-batch: room on the broker is then left alone."""
         self._fronts: dict[str, Front] = {}
@@ -195,9 +197,11 @@ class Executor:
         spec = get_kind(kind)
         try:
             while claimed:
+                started = time.monotonic()
                 self._run_group(spec, [_Member(c) for c in claimed])
                 # One that came alone had no company when it left: its commit shall have this process and the ledger to itself.
-                claimed = self._take(spec, claimed[0].model, begun) if len(claimed) > 1 else []
+                quick = len(claimed) > 1 and time.monotonic() - started <= self.quick_s
+                claimed = self._take(spec, claimed[0].model, begun) if quick else []
         finally:
             stayed, self._stays = self._stays, False
         failpoints.reached(failpoints.BEFORE_ACK)

@@ -115,6 +115,15 @@ def test_after_a_long_micro_batch_the_broker_decides(database, make_jobs, execut
     assert states(database)["running"] == 0 and broker.sent
 
 
+def test_after_a_slow_micro_batch_the_broker_decides_too(database, make_jobs, executor, broker):
+    executor.quick_s = 0.0
+    make_jobs(2 * FULL, kind="text.echo", params={"text": "a"}, seconds=1e-6)
+    hint = first(database, max_jobs=1)
+    executor.run("text.echo", hint.ids)
+    executor.finishers.submit(lambda: None).result()
+    assert broker.asked == 0 and states(database)["running"] == 0 and broker.sent
+
+
 def test_a_worker_that_drains_takes_nothing_more(database, make_jobs, executor, broker, monkeypatch):
     make_jobs(2 * FULL, kind="text.echo", params={"text": "a"}, seconds=1e-6)
     hint = first(database, max_jobs=1)

@@ -388,7 +388,8 @@ class Crew:
         os.environ["FACTORY_WORKER_NAME"], os.environ["FACTORY_WORKER_QUEUES"] = process.name, ",".join(queues)
         executor = Executor(self.settings, SimDatabase(stage, process), SimStore(stage), SimPublisher(stage))
         executor._drain = _Drain(process)  # type: ignore[assignment]
-        executor.stay_s = stage.rng.choice((0.0, executor.stay_s, 120.0))  # jobs take seconds here
+        executor.stay_s = stage.rng.choice((0.0, executor.stay_s, 120.0))
+        executor.quick_s = 120.0  # jobs take seconds here
         stage.facts["executor", executor.worker] = process
         stage.injected["worker clock wrong" if process.skew else "worker clock right"] += 1
         while not process.draining:

@@ -120,6 +120,7 @@ def listings(factory: Factory, batch_id: str, count: int) -> dict[str, list[floa
 def work_off(factory: Factory, parts: int) -> list[float]:
     """Take and commit all that waits, as a worker that stays does; microseconds a job in each part of the run."""
     from db import lifecycle
+    from worker.execution import LOOK_WHOLE_S
 
     def take(conn: Any) -> list[Any]:
         return lifecycle.take(conn, "text", "text.echo", None, "bench", factory.settings.lease_s, fronts=fronts)
@@ -131,7 +132,7 @@ def work_off(factory: Factory, parts: int) -> list[float]:
     looked_at = time.perf_counter()
     while True:
         begun = time.perf_counter()
-        if begun - looked_at > 1.0:
+        if begun - looked_at > LOOK_WHOLE_S:
             fronts.clear()
             looked_at = begun
         claimed = factory.database.run(take)

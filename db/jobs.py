@@ -9,7 +9,7 @@ from sqlalchemy import Connection, RowMapping, and_, bindparam, case, func, lite
 from contentfactory.states import TERMINAL, JobState
 from db.models import Artifact, Attempt, Dependency, Event, Job, MicroBatch
 from db.places import listed
-from db.sql import among, among_given, has_state, packed
+from db.sql import among, among_given, has_state, packed, was
 
 COLUMNS = (
     Job.id, Job.project_id, Job.batch_id, Job.custom_id, Job.line, Job.kind, Job.queue, Job.state, Job.priority, Job.params,
@@ -67,7 +67,7 @@ def list_page(conn: Connection, project_id: str, *, batch_id: str | None = None,
         wanted += _of_project(project_id, before=after)
         order = ("-project_id", "-id")
     if state and state not in TERMINAL and (few := _few(conn, project_id, batch_id, state)) is not None:
-        query = select(*COLUMNS).where(*wanted, has_state(JobState(state)), among(conn, Job.id, few))
+        query = select(*COLUMNS).where(*wanted, was(JobState(state)), among(conn, Job.id, few))
         return conn.execute(query.order_by(*(getattr(Job, name[1:]).desc() for name in order)).limit(limit)).mappings().all()
     states = [JobState(state)] if state else []
     return conn.execute(listed(COLUMNS, wanted, order, limit, batch=bool(batch_id), states=states)).mappings().all()

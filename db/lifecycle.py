@@ -246,7 +246,7 @@ def insert_jobs(conn: Connection, jobs: Sequence[NewJob], *, fresh: bool = False
 
 
 def _is_plain(job: NewJob) -> bool:
-    """Whether the columns of `_PLAIN_ROW` say all there is to say: half as much to write, and most of what `submit_many` accepts."""
+    """Whether the columns of `_PLAIN_ROW` say all there is to say, as they do of most of what `submit_many` accepts."""
     return not (
         job.batch_id or job.model or job.parents or job.labels or job.line or job.custom_id or job.retry_of or job.idempotency_key
         or job.request_hash

@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Select, select, text, union_all
+from sqlalchemy import ColumnElement, Select, or_, select, text, union_all
 
 from contentfactory.states import UNWELL, JobState
 from db.models import Job
@@ -66,6 +66,12 @@ def listed(columns: Sequence[Any], wanted: Sequence[Any], order: Sequence[str], 
 def any_of(columns: Sequence[Any], wanted: Sequence[Any], *, batch: bool, states: Collection[JobState] = ()) -> Any:
     """As `listed`, all of them, in no order."""
     return union_all(*_parts(columns, wanted, batch, states)).subquery()
+
+
+def there_is(wanted: Sequence[Any], *, batch: bool) -> ColumnElement[bool]:
+    """Whether there is such a job: a condition for a statement whose own tables ``wanted`` may name."""
+    # Not by way of `any_of`: what stands in a FROM would bring those tables in anew, and find the jobs of any row of theirs.
+    return or_(*(part.exists() for part in _parts((Job.id,), wanted, batch, ())))
 
 
 def _parts(columns: Sequence[Any], wanted: Sequence[Any], batch: bool, states: Collection[JobState]) -> list[Select[Any]]:

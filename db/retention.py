@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from sqlalchemy import Connection, String, cast, delete, exists, or_, select, text, update
+from sqlalchemy import Connection, String, cast, delete, or_, select, text, update
 
 from contentfactory.states import ACTIVE, TERMINAL
 from db.lifecycle import MARK_S, database_time
@@ -20,7 +20,7 @@ from db.models import (
     MicroBatch,
     ModelVersion,
 )
-from db.places import any_of
+from db.places import there_is
 from db.session import insert_for, now
 
 LATER_S = 86_400.0
@@ -95,7 +95,7 @@ def expire_batches(conn: Connection, older_than_s: float, limit: int = 500) -> i
         conn.execute(
             select(Batch.id)
             .where(Batch.finished_at < now() - older_than_s)
-            .where(~exists(any_of((Job.id,), [Job.batch_id == Batch.id], batch=True).select()))
+            .where(~there_is([Job.batch_id == Batch.id], batch=True))
             .limit(limit)
         ).scalars()
     )

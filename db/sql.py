@@ -24,7 +24,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import ARRAY
 
 from contentfactory.fastjson import dumps
-from contentfactory.states import UNWELL, JobState
+from contentfactory.states import JobState
 from db.tables import Job
 
 COPY_FROM = 8
@@ -35,7 +35,6 @@ _PLAIN = re.compile(r"[\w./:@,-]+", re.ASCII)
 """Values that an array's text takes as they are, with their commas; our ids and keys are made of these."""
 _NONE = "-"
 """Stands for nothing in an array of text: what is empty would have to be quoted."""
-_UNWELL = f"jobs.place IN ({', '.join(repr(str(state)) for state in UNWELL)})"
 _FLYING = (JobState.DISPATCHED, JobState.RUNNING)
 
 
@@ -115,9 +114,7 @@ def has_state(*states: JobState) -> ColumnElement[bool]:
     flying = [state for state in states if state in _FLYING]
     found = []
     if len(still) == 1:
-        # SQLite takes a partial index only where its condition stands in the query word for word.
-        one: ColumnElement[bool] = Job.c.place == literal_column(f"'{still[0]}'")
-        found.append(and_(one, text(_UNWELL)) if still[0] in UNWELL else one)
+        found.append(Job.c.place == literal_column(f"'{still[0]}'"))
     elif still:
         found.append(Job.c.place.in_([literal_column(f"'{state}'") for state in still]))
     if flying:

@@ -9,6 +9,7 @@ from sqlalchemy import func, insert, select, text, update
 from contentfactory.errors import Conflict, NotFound, TransientError
 from contentfactory.ids import new_id
 from contentfactory.settings import load_settings
+from contentfactory.states import JobState
 from db import batches, jobs, lifecycle, migrate, registry, retention
 from db.lifecycle import NewArtifact, Stop, Success
 from db.models import Artifact, Batch, DoomedObject, Event, Job, MicroBatch, ModelVersion
@@ -147,6 +148,24 @@ def test_what_others_wait_for_stays(database, project, make_jobs, store, setting
     end(database, [other], put(store, project, b"other"), age_days=9)
     end(database, [child], put(store, project, b"child"), age_days=9)
     assert sweep(settings, database, store).jobs == 3
+
+
+@pytest.mark.parametrize("state", list(JobState))
+def test_a_batch_goes_whatever_another_one_still_has(database, project, make_jobs, state):
+    """A batch stays for jobs of its own, in whatever place they are, and for no others."""
+    empty, kept = new_id("batch"), new_id("batch")
+
+    def made(conn):
+        for batch in (empty, kept):
+            batches.create(conn, batch, project, "b", source={}, digest=None, priority=0)
+        conn.execute(update(Batch).values(finished_at=1.0, state="completed"))
+
+    database.run(made)
+    [job] = make_jobs(1, batch_id=kept)
+    database.run(lambda conn: conn.execute(update(Job).where(Job.id == job).values(state=state)))
+    assert database.run(lambda conn: retention.expire_batches(conn, 60.0)) == 1
+    with database.read() as conn:
+        assert conn.execute(select(Batch.id)).scalars().all() == [kept]
 
 
 def test_batches_go_with_their_last_job(database, project, make_jobs, store, settings):

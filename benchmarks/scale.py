@@ -15,7 +15,7 @@ def fill(factory: Factory, rows: int, batch_rows: int = 20_000) -> str:
     """Queued rows of one batch, through the ledger's own insert."""
     from contentfactory.ids import new_id
     from contentfactory.jobs.spec import get_kind
-    from db import batches, lifecycle
+    from db import batches, counters, lifecycle
     from producer.job_ids import job_id_for
 
     project = factory.producer(publish=False).project_id()
@@ -40,7 +40,7 @@ def fill(factory: Factory, rows: int, batch_rows: int = 20_000) -> str:
 
         factory.database.run(work)
     factory.database.run(lambda conn: batches.expanded(conn, batch_id))
-    factory.database.run(lifecycle.fold_counts)
+    factory.database.run(counters.fold_counts)
     if not factory.database.sqlite:
         with factory.database.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as conn:
             conn.execute(text("VACUUM ANALYZE"))

@@ -7,7 +7,7 @@ from typing import Any
 from sqlalchemy import Connection, RowMapping, bindparam, func, insert, select, update
 
 from contentfactory.states import ACTIVE, TERMINAL, BatchState, JobState
-from db import lifecycle
+from db import counters, lifecycle
 from db.models import Batch, Job
 from db.places import any_of
 from db.session import now
@@ -120,7 +120,7 @@ def fail(conn: Connection, batch_id: str, error: Mapping[str, Any]) -> None:
 
 def progress(conn: Connection, batch_id: str) -> dict[str, dict[str, int]]:
     """Kind → state → jobs, with ``total``, the terminal states, ``reused``, and of the others ``running`` and ``waiting``."""
-    out = lifecycle.counts(conn, batch_id)
+    out = counters.counts(conn, batch_id)
     running = conn.execute(
         # Found by the index of what runs, whatever the size of the batch.
         select(Job.kind, func.count()).where(Job.batch_id + "" == batch_id, has_state(JobState.RUNNING)).group_by(Job.kind)

@@ -20,7 +20,7 @@ from contentfactory.ids import is_id, new_id, stable_seed
 from contentfactory.jobs.spec import Params, canonical, get_kind, iter_inputs, iter_refs, put_at, takes_media
 from contentfactory.settings import Settings
 from contentfactory.states import TERMINAL, UNWELL, BatchState, JobState, Priority
-from db import batches, jobs, lifecycle, projects, registry
+from db import batches, counters, jobs, lifecycle, projects, registry
 from db.choice import Hint
 from db.session import Database, take_time
 from producer import manifest as manifests
@@ -551,7 +551,7 @@ class Producer:
                 log.error("batch_failed", action="expand", batch=batch_id, code=error.code)
                 return True
         self.database.run(lambda conn: batches.expanded(conn, batch_id))
-        self.database.run(lambda conn: lifecycle.close_batches(conn, [batch_id]))
+        self.database.run(lambda conn: counters.close_batches(conn, [batch_id]))
         self.kick(bulk=True)
         return True
 

@@ -16,7 +16,7 @@ from contentfactory.errors import FactoryError, ServiceUnavailable
 from contentfactory.jobs.spec import QUEUES, load_kinds
 from contentfactory.settings import Settings, load_settings
 from contentfactory.states import BatchState
-from db import batches, lifecycle
+from db import batches, counters, lifecycle
 from db.session import Database
 from producer.dispatch import Dispatcher
 from producer.enqueue import Producer
@@ -125,8 +125,8 @@ class Timer:
 
 
 def _fold_and_close(conn: Connection) -> None:
-    lifecycle.fold_counts(conn)
-    lifecycle.close_batches(conn)
+    counters.fold_counts(conn)
+    counters.close_batches(conn)
 
 
 def main() -> None:

@@ -29,7 +29,7 @@ from contentfactory.errors import (
 from contentfactory.jobs.spec import KindSpec, OutputRef, get_kind, put_at
 from contentfactory.settings import Settings
 from contentfactory.states import JobState, Priority
-from db import jobs, lifecycle, limits, retention
+from db import counters, jobs, lifecycle, limits, retention
 from db.lifecycle import Claimed, NewArtifact, Stop, Success
 from db.session import Database
 from db.waiting import Front
@@ -623,9 +623,9 @@ class Executor:
             batch_ids = {m.claimed.batch_id for m in members if m.claimed.batch_id}
             if batch_ids:
                 with self.database.read() as conn:
-                    batch_ids = lifecycle.all_ended(conn, batch_ids)
+                    batch_ids = counters.all_ended(conn, batch_ids)
             if batch_ids:
-                self.database.run(lambda conn: lifecycle.close_batches(conn, batch_ids))
+                self.database.run(lambda conn: counters.close_batches(conn, batch_ids))
             log.info(
                 "committed", action="commit", kind=spec.name, queue=spec.queue, job=members[0].claimed.id, succeeded=len(done),
                 stopped=len(stops), reused=len(reused), seconds=round(time.monotonic() - started, 3),

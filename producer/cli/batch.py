@@ -225,7 +225,7 @@ def resume(batch: BatchArg = "last", as_json: Json = False) -> None:
 @app.command()
 def cancel(batch: BatchArg, as_json: Json = False) -> None:
     """Cancel a batch: waiting jobs at once, running ones as soon as their runners look up."""
-    from db import lifecycle
+    from db import counters, lifecycle
 
     with factory() as f:
         row = f.find_batch(batch)
@@ -233,7 +233,7 @@ def cancel(batch: BatchArg, as_json: Json = False) -> None:
             while f.database.run(lambda conn: lifecycle.cancel_batch(conn, row["id"])):
                 pass
             f.producer.expand(row["id"])
-            f.database.run(lambda conn: lifecycle.close_batches(conn, [row["id"]]))
+            f.database.run(lambda conn: counters.close_batches(conn, [row["id"]]))
         row = f.find_batch(row["id"])
         emit({"id": row["id"], "state": row["state"]}) if as_json else print_line(f"{row['id']} {row['state']}")
 

@@ -197,14 +197,14 @@ def cancel(
     jobs: JobsArg = None, queue: QueueOption = None, kind: KindOption = None, everything: AllOption = False, as_json: Json = False
 ) -> None:
     """Cancel jobs: waiting ones at once, running ones as soon as their runner looks up. Ended ones stay as they are."""
-    from db import lifecycle
+    from db import counters, lifecycle
 
     with factory() as f:
         total = {"cancelled": 0, "requested": 0}
         for ids in _chosen(f, jobs, [s for s in JobState if not s.terminal], queue, kind, everything):
             found = f.database.run(partial(lifecycle.cancel_jobs, ids=ids))
             total = {k: total[k] + found[k] for k in total}
-        f.database.run(lifecycle.close_batches)
+        f.database.run(counters.close_batches)
         emit(total) if as_json else print_line(f"{total['cancelled']} cancelled, {total['requested']} running ones asked to stop")
 
 

@@ -7,7 +7,7 @@ from sqlalchemy import select, update
 
 from contentfactory.settings import load_settings
 from contentfactory.states import BatchState, JobState
-from db import batches, lifecycle
+from db import batches, counters, lifecycle
 from db.models import Batch, Job
 from producer import enqueue
 from producer import manifest as manifests
@@ -47,7 +47,7 @@ def states(database, batch_id):
 def cancel(database, batch_id):
     while database.run(lambda conn: lifecycle.cancel_batch(conn, batch_id)):
         pass
-    database.run(lifecycle.close_batches)
+    database.run(counters.close_batches)
 
 
 def check_all_cancelled(database, producer, batch_id, succeeded=0):
@@ -57,7 +57,7 @@ def check_all_cancelled(database, producer, batch_id, succeeded=0):
     assert {k: n for k, n in view["counts"].items() if n} == {
         "total": LINES, "cancelled": LINES - succeeded, **({"succeeded": succeeded} if succeeded else {}),
     }  # fmt: skip
-    assert database.run(lifecycle.close_batches) == []
+    assert database.run(counters.close_batches) == []
     with database.read() as conn:
         assert conn.execute(select(Job.id).where(Job.batch_id == batch_id, Job.finished_at.is_(None))).all() == []
 
@@ -104,7 +104,7 @@ def test_running_jobs_are_awaited_and_what_did_not_succeed_can_be_retried(databa
     with database.read() as conn:
         assert conn.execute(select(Batch.state).where(Batch.id == batch_id)).scalar() == BatchState.CANCELLING
     database.run(lambda conn: lifecycle.finish(conn, [lifecycle.Success(held.id, held.attempt, ())]))
-    database.run(lifecycle.close_batches)
+    database.run(counters.close_batches)
     check_all_cancelled(database, producer, batch_id, succeeded=1)
     again = producer.retry_failed(batch_id)
     assert again is not None

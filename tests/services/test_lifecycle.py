@@ -10,7 +10,7 @@ from sqlalchemy import func, insert, select, text, update
 from contentfactory.ids import new_id
 from contentfactory.jobs.spec import get_kind
 from contentfactory.states import JobState
-from db import batches, jobs, lifecycle, measurements, migrate, projects, waiting
+from db import batches, counters, jobs, lifecycle, measurements, migrate, projects, waiting
 from db.lifecycle import NewArtifact, Stop, Success
 from db.models import Artifact, Attempt, Batch, Event, Job, Mark, MicroBatch, Share
 from db.session import now
@@ -379,13 +379,13 @@ def test_a_batch_counts_and_finishes_once(database, project, make_jobs):
     finish(database, claim(database, [good]))
     [claimed] = claim(database, [bad])
     fail(database, claimed, "input")
-    assert database.run(lifecycle.close_batches) == []
+    assert database.run(counters.close_batches) == []
     database.run(lambda conn: lifecycle.cancel_jobs(conn, [gone]))
-    database.run(lifecycle.fold_counts)
-    assert database.run(lifecycle.close_batches) == [batch]
-    assert database.run(lifecycle.close_batches) == []
+    database.run(counters.fold_counts)
+    assert database.run(counters.close_batches) == [batch]
+    assert database.run(counters.close_batches) == []
     with database.read() as conn:
-        assert lifecycle.counts(conn, batch) == {"text.echo": {"total": 3, "succeeded": 1, "failed": 1, "cancelled": 1}}
+        assert counters.counts(conn, batch) == {"text.echo": {"total": 3, "succeeded": 1, "failed": 1, "cancelled": 1}}
         assert conn.execute(select(func.count()).where(Event.type == "batch.completed")).scalar() == 1
         assert conn.execute(select(Batch.state).where(Batch.id == batch)).scalar() == "completed"
 
@@ -399,7 +399,7 @@ def test_cancelling_a_batch_keeps_its_jobs_from_starting(database, project, make
     assert claim(database, ids[1:]) == []
     assert database.run(lambda conn: lifecycle.cancel_batch(conn, batch, limit=2)) == 0
     assert finish(database, running) == []
-    assert database.run(lifecycle.close_batches) == [batch]
+    assert database.run(counters.close_batches) == [batch]
     with database.read() as conn:
         assert conn.execute(select(Batch.state).where(Batch.id == batch)).scalar() == "cancelled"
 

@@ -28,7 +28,7 @@ from sqlalchemy.exc import IntegrityError
 
 from contentfactory.jobs.spec import get_kind
 from contentfactory.states import TERMINAL, TRANSITIONS, JobState
-from db import batches, lifecycle, migrate, projects, waiting
+from db import batches, counters, lifecycle, migrate, projects, waiting
 from db.lifecycle import NewArtifact, NewJob, Stop, Success
 from db.models import Artifact, Attempt, Base, Batch, Event, Job, Mark, MicroBatch
 from db.session import Database
@@ -587,14 +587,14 @@ class Lifecycle(RuleBasedStateMachine):
                 self.undispatch(data)
 
     def fold(self) -> None:
-        self.run(lifecycle.fold_counts)
+        self.run(counters.fold_counts)
 
     def close(self) -> None:
         over = {
             name for name, batch in self.batches.items()
             if not batch["finished"] and all(o.state in TERMINAL for o in self.jobs.values() if o.batch == name)
         }  # fmt: skip
-        assert set(self.run(lifecycle.close_batches)) == over
+        assert set(self.run(counters.close_batches)) == over
         for name in over:
             batch = self.batches[name]
             batch.update(finished=True, state="cancelled" if batch["state"] == "cancelling" else "completed")
@@ -660,7 +660,7 @@ class Lifecycle(RuleBasedStateMachine):
                     select(Event.batch_id, func.count()).where(Event.type.in_(("batch.completed", "batch.cancelled"))).group_by(Event.batch_id)
                 ).all()
             )
-            told = {name: lifecycle.counts(conn, name).get(KIND, {}) for name in self.batches}
+            told = {name: counters.counts(conn, name).get(KIND, {}) for name in self.batches}
         for name, batch in self.batches.items():
             assert states[name] == batch["state"]
             assert ends.get(name, 0) == batch["finished"]

@@ -9,7 +9,7 @@ from sqlalchemy import func, select
 from contentfactory.errors import ServiceUnavailable
 from contentfactory.settings import load_settings
 from contentfactory.states import JobState
-from db import lifecycle
+from db import counters, lifecycle
 from db.models import Batch, Job
 from producer import manifest as manifests
 from producer.enqueue import Producer
@@ -79,7 +79,7 @@ def test_a_batch_is_retried_once_and_answered(database, producer, lose, tmp_path
     with database.read() as conn:
         ids = list(conn.execute(select(Job.id)).scalars())
     database.run(lambda conn: lifecycle.cancel_jobs(conn, ids))
-    database.run(lifecycle.close_batches)
+    database.run(counters.close_batches)
     left = lose()
     again = producer.retry_failed(batch_id)
     assert left == []

@@ -10,7 +10,7 @@ from contentfactory.errors import Conflict, NotFound, TransientError
 from contentfactory.ids import new_id
 from contentfactory.settings import load_settings
 from contentfactory.states import JobState
-from db import batches, jobs, lifecycle, migrate, registry, retention
+from db import batches, counters, jobs, lifecycle, migrate, registry, retention
 from db.lifecycle import NewArtifact, Stop, Success
 from db.models import Artifact, Batch, DoomedObject, Event, Job, MicroBatch, ModelVersion
 from db.session import now
@@ -180,7 +180,7 @@ def test_batches_go_with_their_last_job(database, project, make_jobs, store, set
     database.run(lambda conn: batches.expanded(conn, batch))
     end(database, ids, put(store, project, b"x"), age_days=2)
     assert sweep(settings, database, store).jobs == 0, "its batch is not finished"
-    database.run(lifecycle.close_batches)
+    database.run(counters.close_batches)
     with database.write() as conn:
         conn.execute(update(Batch).values(finished_at=now() - 2 * 86400))
     swept = sweep(settings, database, store)

@@ -22,7 +22,7 @@ import producer.enqueue
 import worker.execution
 from contentfactory.errors import FactoryError
 from contentfactory.states import JobState
-from db import lifecycle
+from db import counters, lifecycle
 from db.models import Attempt, Batch, BatchDelta, Dependency, Job, Mark
 from db.session import now
 
@@ -252,7 +252,7 @@ def _counted_twice() -> Places:
 
 
 def _deltas_kept() -> Places:
-    real = lifecycle.fold_counts
+    real = counters.fold_counts
 
     def fold_counts(conn: Any, limit: int = 20_000) -> int:
         rows = [dict(r) for r in conn.execute(select(BatchDelta.batch_id, BatchDelta.kind, BatchDelta.state, BatchDelta.n)).mappings()]
@@ -261,7 +261,7 @@ def _deltas_kept() -> Places:
             conn.execute(insert(BatchDelta), rows)
         return n
 
-    return [(lifecycle, "fold_counts", fold_counts)]
+    return [(counters, "fold_counts", fold_counts)]
 
 
 def _children_stay_blocked() -> Places:
@@ -358,7 +358,7 @@ def _closed_by_dispatch() -> Places:
             lifecycle.add_event(conn, "batch.completed", project_id=row.project_id, batch_id=row.id)
         return [row.id for row in rows]
 
-    return [(lifecycle, "close_batches", close_batches)]
+    return [(counters, "close_batches", close_batches)]
 
 
 _HELD = Job.state.in_((JobState.QUEUED, JobState.DISPATCHED))

@@ -28,7 +28,7 @@ from sqlalchemy import text
 
 from contentfactory.settings import Settings, load_settings
 from contentfactory.states import TERMINAL, TRANSITIONS, JobState
-from db import choice, lifecycle, projects
+from db import choice, counters, lifecycle, projects
 from producer.manifest.model import JobLine
 from producer.sweep import sweep
 from storage.keys import artifact_key
@@ -710,7 +710,7 @@ class Checker:
         for batch in self.batches:
             rows = Counter(j["state"] for j in self.jobs.values() if j["batch_id"] == batch["id"])
             with self.stage.ledger.transaction():
-                per_kind = lifecycle.counts(self.stage.ledger.connection, batch["id"])
+                per_kind = counters.counts(self.stage.ledger.connection, batch["id"])
             told: Counter[str] = Counter()
             for states in per_kind.values():
                 told.update({k: v for k, v in states.items() if k != "reused"})

@@ -62,13 +62,30 @@ def fast(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(supervisor, "TICK_S", 0.02)
 
 
+def started_since(before: set[int]) -> list[psutil.Process]:
+    """The processes below this one that the test started: what a service of the whole suite starts meanwhile, as PostgreSQL
+    does each minute to clean up, has that service above it."""
+    return [
+        process
+        for process in psutil.Process().children(recursive=True)
+        if process.pid not in before and not before.intersection(parent.pid for parent in parents(process))
+    ]
+
+
+def parents(process: psutil.Process) -> list[psutil.Process]:
+    """Everything above a process, nothing if it ended meanwhile."""
+    try:
+        return process.parents()
+    except psutil.NoSuchProcess:
+        return []
+
+
 @pytest.fixture(autouse=True)
 def nothing_stays() -> Iterator[None]:
     """Whatever a test starts must be gone after it."""
     before = {process.pid for process in psutil.Process().children(recursive=True)}
     yield
-    left = [p for p in psutil.Process().children(recursive=True) if p.pid not in before]
-    assert left == []
+    assert started_since(before) == []
 
 
 def until(condition: Callable[[], object], seconds: float = 5.0) -> None:

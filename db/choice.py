@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from sqlalchemy import Connection
+from sqlalchemy import Connection, bindparam
 
 from contentfactory.jobs.spec import get_kind
 from contentfactory.states import Priority
@@ -61,9 +61,8 @@ class Choice:
     def save(self, conn: Connection) -> None:
         """Charge their projects: they leave."""
         self.prefer.save()
-        charge(conn, self.queue, {p: self.fair.virtual[p] for p in self.fair.charged})
-        if self.clock is None or self.fair.now() > self.clock:
-            set_clock(conn, self.queue, self.fair.now())
+        later = self.clock is None or self.fair.now() > self.clock
+        charge(conn, self.queue, {p: self.fair.virtual[p] for p in self.fair.charged}, self.fair.now() if later else None)
 
 
 def choose(conn: Connection, queue: str, look: Any, room: Room, window: int, worker_seen_s: float,
@@ -138,20 +137,26 @@ def choose(conn: Connection, queue: str, look: Any, room: Room, window: int, wor
     return Choice(queue, hints, fair, prefer, look.clock) if hints else None
 
 
-def charge(conn: Connection, queue: str, virtual: Mapping[str, float]) -> None:
-    """Note the virtual time at which projects stand now, seconds."""
-    rows = [{"queue": queue, "project_id": project, "virtual_seconds": virtual[project]} for project in sorted(virtual)]
-    conn.execute(_shared(conn.dialect.name), rows)
+def charge(conn: Connection, queue: str, virtual: Mapping[str, float], clock: float | None) -> None:
+    """Note the virtual time at which projects stand now, seconds, and where the queue's clock stands if that has moved."""
+    rows = [{"p_queue": queue, "p_project": project, "p_seconds": virtual[project]} for project in sorted(virtual)]
+    if clock is not None and len(rows) == 1 and conn.dialect.name == "postgresql":
+        conn.execute(_charged_and_marked(), {**rows[0], "p_name": waiting.clock_name(queue), "p_value": clock})
+        return
+    conn.execute(_charged(conn.dialect.name), rows)
+    if clock is not None:
+        set_clock(conn, queue, clock)
 
 
 def set_clock(conn: Connection, queue: str, virtual_seconds: float) -> None:
     """Move a queue's virtual clock."""
-    conn.execute(_marked(conn.dialect.name), {"name": waiting.clock_name(queue), "value": virtual_seconds})
+    conn.execute(_marked(conn.dialect.name), {"p_name": waiting.clock_name(queue), "p_value": virtual_seconds})
 
 
 @cache
-def _shared(dialect: str) -> Any:
-    statement = upsert(dialect, Share)
+def _charged(dialect: str) -> Any:
+    values: dict[Any, Any] = {"queue": bindparam("p_queue"), "project_id": bindparam("p_project"), "virtual_seconds": bindparam("p_seconds")}
+    statement = upsert(dialect, Share).values(values)
     return statement.on_conflict_do_update(
         index_elements=[Share.c.queue, Share.c.project_id], set_={"virtual_seconds": statement.excluded.virtual_seconds}
     )
@@ -159,5 +164,11 @@ def _shared(dialect: str) -> Any:
 
 @cache
 def _marked(dialect: str) -> Any:
-    statement = upsert(dialect, Mark)
+    statement = upsert(dialect, Mark).values(name=bindparam("p_name"), value=bindparam("p_value"))
     return statement.on_conflict_do_update(index_elements=[Mark.c.name], set_={"value": statement.excluded.value})
+
+
+@cache
+def _charged_and_marked() -> Any:
+    """Both in one round trip: a queue is mostly served one project at a time, and whoever is next waits for it."""
+    return _charged("postgresql").add_cte(_marked("postgresql").cte("marked"))

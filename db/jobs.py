@@ -36,7 +36,14 @@ def get(conn: Connection, project_id: str, job_id: str) -> RowMapping | None:
 
 def states(conn: Connection, job_ids: Sequence[str]) -> dict[str, JobState]:
     """State of each job that exists."""
-    return {row.id: JobState(row.state) for row in conn.execute(select(Job.id, Job.state).where(among(conn, Job.id, job_ids)))}
+    if len(job_ids) == 1:  # one plan for all, which PostgreSQL makes for a list each time anew
+        rows = conn.execute(_STATE, {"p_id": job_ids[0]})
+    else:
+        rows = conn.execute(select(Job.id, Job.state).where(among(conn, Job.id, job_ids)))
+    return {row.id: JobState(row.state) for row in rows}
+
+
+_STATE = select(Job.id, Job.state).where(Job.id == bindparam("p_id"))
 
 
 def by_key(conn: Connection, project_id: str, key: str) -> RowMapping | None:

@@ -34,7 +34,7 @@ from contentfactory.ids import new_id
 from contentfactory.jobs.spec import RetryPolicy, get_kind
 from contentfactory.states import TERMINAL, BatchState, JobState
 from db import waiting
-from db.choice import Hint, Room, charge, choose, set_clock
+from db.choice import Hint, Room, charge, choose
 from db.places import any_of
 from db.session import BINARY, insert_for, now, upsert
 from db.sql import (
@@ -202,7 +202,7 @@ def insert_jobs(conn: Connection, jobs: Sequence[NewJob], *, fresh: bool = False
     if not jobs:
         return 0
     created = database_time(conn)
-    rank = int(created * 1000) * 1_000_000
+    rank = _rank(created)
     if fresh and all(map(_is_plain, jobs)):
         insert_rows(conn, Job, _PLAIN_ROW, [
             (
@@ -222,14 +222,7 @@ def insert_jobs(conn: Connection, jobs: Sequence[NewJob], *, fresh: bool = False
             parents = dict.fromkeys(job.parents)
             waits = sum(states.get(p) != JobState.SUCCEEDED for p in parents)
             edges += [(job.id, p) for p in parents]
-        rows.append(
-            (
-                job.id, job.project_id, job.batch_id, job.custom_id, job.line, job.rank or rank, job.kind, job.queue,
-                "blocked" if waits else "queued", job.priority, 100 - job.priority,
-                job.params if isinstance(job.params, str) else dumps(job.params), job.model, job.seed, job.seconds, job.share_key,
-                job.reuse, waits, job.retry_of, dumps(job.labels) if job.labels else "{}", job.idempotency_key, job.request_hash, created,
-            )
-        )  # fmt: skip
+        rows.append(_row(job, "blocked" if waits else "queued", waits, created, rank))
     new = own
     if fresh:
         insert_rows(conn, Job, _ROW, rows)
@@ -242,6 +235,40 @@ def insert_jobs(conn: Connection, jobs: Sequence[NewJob], *, fresh: bool = False
     if failed:
         _fail_children(conn, failed)
     return len(new)
+
+
+def accept_alone(conn: Connection, job: NewJob) -> tuple[int, Hint | None]:
+    """Accept a job of no batch and, if its queue is idle, dispatch it with the same row: nothing waits there and nothing is on the broker.
+
+    Then there is nothing to weigh, and somebody waits for it. In all other cases `dispatch` decides.
+
+    Returns:
+        Rows that were new, as by `insert_jobs`, and the hint to publish after the commit; None where the job still waits.
+    """
+    idle = None if job.parents or not _turn(conn, job.queue, patient=False) else waiting.idle(conn, job.queue, job.project_id)
+    if idle is None:
+        return insert_jobs(conn, [job]), None
+    at, begins = float(idle.at), max(idle.virtual_seconds or 0.0, idle.clock)
+    row = dict(zip(_ROW, _row(job, "dispatched", 0, at, _rank(at)), strict=True))
+    if not _insert_new(conn, Job, [{**row, "dispatched_at": at}]):
+        return 0, None
+    charge(conn, job.queue, {job.project_id: begins + job.seconds / max(idle.weight, 1e-6)}, begins if begins > idle.clock else None)
+    return 1, Hint(job.kind, job.queue, job.priority, (job.id,), at)
+
+
+def _rank(accepted: float) -> int:
+    """Place in a project's queue of what was accepted at that time."""
+    return int(accepted * 1000) * 1_000_000
+
+
+def _row(job: NewJob, state: str, waits: int, created: float, rank: int) -> tuple[Any, ...]:
+    """Values of `_ROW`."""
+    return (
+        job.id, job.project_id, job.batch_id, job.custom_id, job.line, job.rank or rank, job.kind, job.queue, state, job.priority,
+        100 - job.priority, job.params if isinstance(job.params, str) else dumps(job.params), job.model, job.seed, job.seconds,
+        job.share_key, job.reuse, waits, job.retry_of, dumps(job.labels) if job.labels else "{}", job.idempotency_key, job.request_hash,
+        created,
+    )  # fmt: skip
 
 
 def _is_plain(job: NewJob) -> bool:
@@ -388,29 +415,6 @@ def take(conn: Connection, queue: str, kind: str, model: str | None, worker: str
     if claimed:
         chosen.save(conn)
     return claimed
-
-
-def dispatch_alone(conn: Connection, job: NewJob) -> Hint | None:
-    """Dispatch a job that the same transaction accepted, if its queue is idle: nothing waits there and nothing is on the broker.
-
-    Then there is nothing to weigh, and it costs half the round trips of `dispatch`. In all other cases that decides.
-
-    Returns:
-        The hint to publish after the commit; None where the job still waits.
-    """
-    if not _turn(conn, job.queue, patient=False):
-        return None
-    idle = waiting.idle(conn, job.queue, job.project_id, job.id)
-    if idle is None:
-        return None
-    dialect = conn.dialect.name
-    at, begins = float(idle.at), max(idle.virtual_seconds or 0.0, idle.clock)
-    if not conn.execute(_dispatched(dialect), {"p_ids": packed(dialect, [job.id]), "p_at": at}).scalars().all():
-        return None
-    charge(conn, job.queue, {job.project_id: begins + job.seconds / max(idle.weight, 1e-6)})
-    if begins > idle.clock:
-        set_clock(conn, job.queue, begins)
-    return Hint(job.kind, job.queue, job.priority, (job.id,), at)
 
 
 def _turn(conn: Connection, queue: str, *, patient: bool) -> bool:

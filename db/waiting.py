@@ -102,17 +102,16 @@ _IDLE = (
     .where(Project.c.id == bindparam("project"), Project.c.paused.is_(False))
     .where(~select(Queue.c.name).where(Queue.c.name == bindparam("queue"), Queue.c.paused).exists())
     .where(~select(Job.c.id).where(Job.c.queue == bindparam("queue"), has_state(JobState.DISPATCHED)).exists())
-    .where(~select(Job.c.id).where(Job.c.queue == bindparam("queue"), has_state(JobState.QUEUED), Job.c.id != bindparam("job")).exists())
+    .where(~select(Job.c.id).where(Job.c.queue == bindparam("queue"), has_state(JobState.QUEUED)).exists())
 )  # fmt: skip
 
 
-def idle(conn: Connection, queue: str, project_id: str, job_id: str) -> Any:
+def idle(conn: Connection, queue: str, project_id: str) -> Any:
     """Time (``at``), the queue's ``clock``, and the project's ``weight`` and ``virtual_seconds`` (None where it has none yet).
 
-    None where anything is on the broker or waits besides the one job, where the queue or the project is paused, or where the queue has
-    no clock yet.
+    None where anything is on the broker or waits, where the queue or the project is paused, or where the queue has no clock yet.
     """
-    return conn.execute(_IDLE, {"queue": queue, "project": project_id, "job": job_id, "clock": clock_name(queue)}).one_or_none()
+    return conn.execute(_IDLE, {"queue": queue, "project": project_id, "clock": clock_name(queue)}).one_or_none()
 
 
 def clock_name(queue: str) -> str:

@@ -141,12 +141,15 @@ class Producer:
                 priority=priority, parents=parents, reuse=reuse and spec.cacheable and self.settings.reuse_results,
                 idempotency_key=idempotency_key, request_hash=request_hash, labels=dict(labels or {}),
             )  # fmt: skip
-            if not lifecycle.insert_jobs(conn, [row]) and jobs.get(conn, project_id, job_id) is None:
+            if self.dispatcher and priority >= Priority.INTERACTIVE:
+                # Somebody waits for it: one transaction instead of two. A repeat of it may send the hint twice, which does no harm.
+                new, hint = lifecycle.accept_alone(conn, row)
+                hints.extend(filter(None, [hint]))
+            else:
+                new = lifecycle.insert_jobs(conn, [row])
+            if not new and jobs.get(conn, project_id, job_id) is None:
                 # Not our own earlier try, whose answer was lost: somebody else committed the same key between our look and our insert: look again.
                 raise ServiceUnavailable("the same idempotency key is being accepted right now", code="busy")
-            if self.dispatcher and priority >= Priority.INTERACTIVE and (hint := lifecycle.dispatch_alone(conn, row)):
-                # Somebody waits for it: one transaction instead of two. A repeat of it may send the hint twice, which does no harm.
-                hints.append(hint)
             return job_id
 
         made = self.database.run(work)

@@ -266,10 +266,11 @@ class Lifecycle(RuleBasedStateMachine):
             if batch:
                 batches.create(conn, batch, project, "b", source={}, digest=None, priority=0)
                 batches.advance(conn, batch, 0, n, n)
-            new = lifecycle.insert_jobs(conn, rows)
             if alone:
                 clocked = conn.execute(select(Mark.value).where(Mark.name == waiting.clock_name("text"))).scalar() is not None
-                sent = lifecycle.dispatch_alone(conn, rows[0])
+                new, sent = lifecycle.accept_alone(conn, rows[0])
+            else:
+                new = lifecycle.insert_jobs(conn, rows)
             if batch:
                 batches.expanded(conn, batch)
             return new
@@ -287,7 +288,7 @@ class Lifecycle(RuleBasedStateMachine):
             one = self.jobs[job]
             others = {o.state for name, o in self.jobs.items() if name != job}
             idle = clocked and not others & {JobState.QUEUED, JobState.DISPATCHED}
-            assert (sent is not None) == (idle and one.state == JobState.QUEUED and not self.is_held(one))
+            assert (sent is not None) == (idle and not one.parents and not self.is_held(one))
             if sent:
                 assert sent.ids == (job,)
                 self.move(job, JobState.DISPATCHED)

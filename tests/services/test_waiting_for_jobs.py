@@ -148,8 +148,7 @@ def test_who_accepts_does_not_wait_for_who_dispatches(database, producer):
     with database.write() as holder:
         lifecycle.dispatch(holder, "text", cap_s=10)
         with database.engine.begin() as conn:
-            assert lifecycle.insert_jobs(conn, [row]) == 1
-            assert lifecycle.dispatch_alone(conn, row) is None
+            assert lifecycle.accept_alone(conn, row) == (1, None)
     assert row_of(database, row.id).state == "queued"
 
 

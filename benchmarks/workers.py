@@ -47,12 +47,13 @@ def rate(bench: Bench, profile: str, workers: int, kind: str, queue: str, rows: 
 
 
 def run(bench: Bench) -> None:
-    # The first computes for a third of a second a job; the second for 3 ms, and writes a file for each: with that one worker already fills
+    # The first computes for a sixth of a second a job, 32 at a time, often enough that the last of one worker, while the other has nothing
+    # left, does not count; the second for 3 ms, and writes a file for each: with that one worker already fills
     # more than one core.
     cases = {
         "workers.cpu": (
-            "text.generate", bench.pick(4, 128, 256), bench.pick(2, 32, 64), 1.8,
-            lambda n: {"prompt": f"Write a product description of item {n}: {words(n)}.", "max_tokens": bench.pick(4, 16, 16)},
+            "text.generate", bench.pick(4, 128, 512), bench.pick(2, 32, 64), 1.8,
+            lambda n: {"prompt": f"Write a product description of item {n}: {words(n)}.", "max_tokens": bench.pick(4, 16, 8)},
         ),
         "workers.light": ("text.embed", bench.pick(16, 3000, 8000), bench.pick(260, 512, 512), None, lambda n: {"input": words(n)}),
     }  # fmt: skip

@@ -1,5 +1,6 @@
 """Queued rows as a dispatcher sees them: which there are, in which order, and what may go together. Nothing here writes."""
 
+import math
 from collections import Counter, deque
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
@@ -76,6 +77,9 @@ _LOOK = select(
 _GLANCE = select(*(column for column in _LOOK.selected_columns if column.name not in ("seconds", "jobs")), literal(0).label("jobs"))
 STRANGERS = 64
 """Projects that may each send a micro-batch though the broker holds all that it should."""
+UNDIVIDED_S = 0.05
+"""Compute seconds that the last jobs of a queue are not divided below: a micro-batch costs some 7 ms beside its jobs, and the last 512 no-ops
+went in ten of them, each half as large as the one before."""
 _IN_FLIGHT = (
     select(Job.c.project_id, func.sum(Job.c.seconds))
     .where(Job.c.queue == bindparam("queue"), has_state(JobState.DISPATCHED))
@@ -202,13 +206,17 @@ def spread_seen(candidates: Mapping[str, "Waiting"], workers: int) -> dict[str, 
 
 
 def _shares_for(candidates: Mapping[str, "Waiting"], workers: int, waiting: int) -> dict[str, int]:
-    alike: Counter[str] = Counter()
-    for rows in candidates.values():
-        alike.update(rows.sizes())
-    seen = sum(alike.values())
+    seen = sum(len(rows) for rows in candidates.values())
     if max(waiting, seen) >= for_all(candidates, workers):
         return {}
-    return {key: -(-n * max(waiting, seen) // (seen * workers)) for key, n in alike.items()}
+    alike: Counter[str] = Counter()
+    seconds: Counter[str] = Counter()
+    for rows in candidates.values():
+        rows.measure(alike, seconds)
+    return {
+        key: max(-(-n * max(waiting, seen) // (seen * workers)), math.ceil(n * UNDIVIDED_S / seconds[key]) if seconds[key] > 0 else n)
+        for key, n in alike.items()
+    }
 
 
 def for_all(candidates: Mapping[str, "Waiting"], workers: int) -> int:
@@ -263,12 +271,11 @@ class Waiting:
         row = self.head if self else self._rows[-1]
         return row.band, row.rank, row.id
 
-    def sizes(self) -> Counter[str]:
-        """Rows by what they could share."""
-        sizes: Counter[str] = Counter()
+    def measure(self, alike: Counter[str], seconds: Counter[str]) -> None:
+        """Add the rows that may still be taken, and their compute seconds, by what they could share."""
         for (key, _), rows in self._alike.items():
-            sizes[key] += len(rows)
-        return sizes
+            alike[key] += len(rows)
+            seconds[key] += sum(row[_SECONDS] for row in rows)
 
     @property
     def share_keys(self) -> set[str]:

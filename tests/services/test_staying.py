@@ -222,6 +222,26 @@ def test_the_last_jobs_are_shared_among_workers_in_looks_that_go_on(database, ma
     assert sizes == [FULL, 100, 67, 45]
 
 
+def test_the_last_jobs_are_not_divided_for_less_than_they_cost(database, make_jobs):
+    """A micro-batch costs milliseconds beside its jobs: 0.05 s of work goes in one."""
+    for name in ("a", "b", "c"):
+        database.run(lambda conn, name=name: lifecycle.report_worker(conn, name, ["text"], "cpu", 0, []))
+    make_jobs(300, kind="text.echo", seconds=1e-4)
+    assert [len(take(database)) for _ in range(2)] == [300, 0]
+    make_jobs(300, kind="text.echo", seconds=1e-3)
+    assert [len(take(database)) for _ in range(5)] == [100, 67, 50, 50, 33]
+
+
+def test_nor_where_they_are_dispatched(database, make_jobs):
+    for name in ("a", "b", "c"):
+        database.run(lambda conn, name=name: lifecycle.report_worker(conn, name, ["text"], "cpu", 0, []))
+    make_jobs(300, kind="text.echo", seconds=1e-4)
+    make_jobs(30, kind="text.echo", seconds=1.0, share_key="slow")
+    with database.write() as conn:
+        hints = lifecycle.dispatch(conn, "text", cap_s=1000)
+    assert sorted(len(hint.ids) for hint in hints) == [10, 10, 10, 300]
+
+
 def test_a_take_that_was_undone_is_looked_for_from_the_beginning(database, make_jobs, executor, broker, monkeypatch):
     ids = make_jobs(2 * FULL, kind="text.echo", params={"text": "a"}, seconds=1e-6)
     hint = first(database, max_jobs=1)

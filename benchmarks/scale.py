@@ -48,45 +48,35 @@ def fill(factory: Factory, rows: int, batch_rows: int = 20_000, *, tidy: bool = 
     return batch_id
 
 
-def life(factory: Factory, groups: int) -> dict[str, float]:
-    """Dispatch, claim and commit groups; microseconds a job of each."""
+def life(factory: Factory) -> dict[str, float]:
+    """Dispatch, claim and commit a group; microseconds a job of each."""
     from contentfactory.ids import new_id
     from db import lifecycle
 
-    spent = {"dispatch": 0.0, "claim": 0.0, "commit": 0.0}
-    jobs = 0
-    settings = factory.settings
-    hints: list[Any] = []
-    for _ in range(groups):
-        if not hints:
-            begun = time.perf_counter()
-            hints = list(factory.database.run(lambda conn: lifecycle.dispatch(conn, "text", cap_s=settings.inflight_s, window=GROUP)))
-            spent["dispatch"] += time.perf_counter() - begun
-            dispatched = sum(len(h.ids) for h in hints)
-            if not hints:
-                raise RuntimeError("nothing was dispatched")
-            spent.setdefault("dispatched", 0.0)
-            spent["dispatched"] += dispatched
-        hint = hints.pop(0)
-        begun = time.perf_counter()
-        claimed = factory.database.run(lambda conn, hint=hint: lifecycle.claim(conn, hint.ids, "bench", settings.lease_s))
-        spent["claim"] += time.perf_counter() - begun
-        results = [
-            lifecycle.Success(
-                c.id, c.attempt, (lifecycle.NewArtifact("text.txt", f"a/{new_id('art')}", "0" * 64, 1, "text/plain"),), (), None, None, {"compute_s": 0.0}
-            )
-            for c in claimed
-        ]  # fmt: skip
-        begun = time.perf_counter()
-        done = factory.database.run(lambda conn, results=results: lifecycle.finish(conn, results, "bench"))
-        spent["commit"] += time.perf_counter() - begun
-        jobs += len(done)
-    for hint in hints:
-        factory.database.run(lambda conn, hint=hint: lifecycle.undispatch(conn, hint.ids))
-    return {
-        "dispatch µs": spent["dispatch"] / spent["dispatched"] * 1e6, "claim µs": spent["claim"] / jobs * 1e6, "commit µs": spent["commit"] / jobs * 1e6,
-        "value": (spent["dispatch"] / spent["dispatched"] + (spent["claim"] + spent["commit"]) / jobs) * 1e6,
+    settings, database = factory.settings, factory.database
+    begun = time.perf_counter()
+    hints = database.run(lambda conn: lifecycle.dispatch(conn, "text", cap_s=settings.inflight_s, window=GROUP))
+    dispatched = time.perf_counter()
+    if not hints:
+        raise RuntimeError("nothing was dispatched")
+    claimed = database.run(lambda conn: lifecycle.claim(conn, hints[0].ids, "bench", settings.lease_s))
+    taken = time.perf_counter()
+    results = [
+        lifecycle.Success(
+            c.id, c.attempt, (lifecycle.NewArtifact("text.txt", f"a/{new_id('art')}", "0" * 64, 1, "text/plain"),), (), None, None, {"compute_s": 0.0}
+        )
+        for c in claimed
+    ]  # fmt: skip
+    made = time.perf_counter()
+    done = database.run(lambda conn: lifecycle.finish(conn, results, "bench"))
+    ended = time.perf_counter()
+    for hint in hints[1:]:
+        database.run(lambda conn, hint=hint: lifecycle.undispatch(conn, hint.ids))
+    spent = {
+        "dispatch µs": (dispatched - begun) / sum(len(h.ids) for h in hints) * 1e6,
+        "claim µs": (taken - dispatched) / len(done) * 1e6, "commit µs": (ended - made) / len(done) * 1e6,
     }  # fmt: skip
+    return {**spent, "value": sum(spent.values())}
 
 
 def listings(factory: Factory, batch_id: str, count: int) -> dict[str, list[float]]:
@@ -184,14 +174,14 @@ def run(bench: Bench) -> None:
                 for rows in sizes:
                     factory = bench.factory(profile)
                     worlds.append((rows, factory, fill(factory, rows)))
-                    life(factory, 1)
+                    life(factory)
                 # In turns, a group at a time: what the machine does besides lasts for longer than one. No backlog becomes smaller.
                 for _ in range(bench.rounds):
                     spent: dict[str, list[dict[str, float]]] = {}
                     for _ in range(groups):
                         for rows, factory, _batch in worlds:
                             fill(factory, GROUP, tidy=False)
-                            spent.setdefault(f"{rows:,} queued", []).append(life(factory, 1))
+                            spent.setdefault(f"{rows:,} queued", []).append(life(factory))
                     for side, samples in spent.items():
                         case.add(side, {key: statistics.median(sample[key] for sample in samples) for key in samples[0]})
                 large, small = f"{sizes[-1]:,} queued", f"{sizes[0]:,} queued"

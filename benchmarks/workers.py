@@ -47,7 +47,7 @@ def rate(bench: Bench, profile: str, workers: int, kind: str, queue: str, rows: 
 
 
 def run(bench: Bench) -> None:
-    # The first computes for a sixth of a second a job, 32 at a time, often enough that the last of one worker, while the other has nothing
+    # The first computes for a fifth of a second a job, 32 at a time, often enough that the last of one worker, while the other has nothing
     # left, does not count; the second for 3 ms, and writes a file for each: with that one worker already fills
     # more than one core.
     cases = {

@@ -144,7 +144,8 @@ class Producer:
             if self.dispatcher and priority >= Priority.INTERACTIVE:
                 # Somebody waits for it: one transaction instead of two. A repeat of it may send the hint twice, which does no harm.
                 new, hint = lifecycle.accept_alone(conn, row)
-                hints.extend(filter(None, [hint]))
+                if hint:
+                    hints.append(hint)
             else:
                 new = lifecycle.insert_jobs(conn, [row])
             if not new and jobs.get(conn, project_id, job_id) is None:

@@ -278,8 +278,7 @@ class Executor:
         started = time.monotonic()
         keys = [m.key for m in members]
         limit = spec.time_limit_s * len(members)
-        if self.keeper:
-            self.keeper.hold(keys, spec.progress_s, limit)
+        group = self.keeper.hold(keys, spec.progress_s, limit) if self.keeper else 0
         first = members[0].claimed
         bound = log.bind(kind=spec.name, queue=spec.queue, jobs=len(members), job=first.id, attempt=first.attempt)
         # The process's number tells the sweep whether whoever made the folder still lives.
@@ -320,17 +319,17 @@ class Executor:
             phases["compute_s"] = time.monotonic() - started - phases.setdefault("inputs_s", time.monotonic() - started)
             phases["model_loads"] = self.cache.loads - loads
             if self.keeper:
-                self.keeper.settle(keys)
+                self.keeper.settle(group)
                 self.keeper.models(self.cache.keys, memory.device_name(self._device or "auto"))
         except BaseException:
             self._slots.release()
             self._clear(scratch)
             if self.keeper:
-                self.keeper.drop(keys)  # the leases run out and somebody else takes over
+                self.keeper.drop(group)  # the leases run out and somebody else takes over
             self._flying.difference_update(i for i, _ in keys)
             raise
         bound.info("computed", action="compute", seconds=round(time.monotonic() - started, 3), reused=len(reused))
-        finished = self.finishers.submit(self._finish, spec, members, reused, scratch, phases, started)
+        finished = self.finishers.submit(self._finish, spec, members, reused, scratch, phases, started, group)
         if alone:
             wait([finished])
 
@@ -586,7 +585,7 @@ class Executor:
         return _artifact(claimed, output, resolved, key, sha256, size, role)
 
     def _finish(self, spec: KindSpec, members: Sequence[_Member], reused: Mapping[_Member, Success], scratch: Path,
-                phases: dict[str, float], started: float) -> None:  # fmt: skip
+                phases: dict[str, float], started: float, group: int) -> None:  # fmt: skip
         """Wait for the uploads and commit the group; the next micro-batch computes meanwhile."""
         keys = [m.key for m in members]
         try:
@@ -643,7 +642,7 @@ class Executor:
             log.exception("commit_failed", action="commit", kind=spec.name)
         finally:
             if self.keeper:
-                self.keeper.drop(keys)
+                self.keeper.drop(group)
             self._flying.difference_update(i for i, _ in keys)
             self._slots.release()
             self._clear(scratch)

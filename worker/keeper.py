@@ -14,8 +14,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import structlog
@@ -55,8 +56,8 @@ class Keeper:
         self._settings = settings
         self._hello = {"op": "hello", "worker": worker, "queues": list(queues), "device": device, "pid": os.getpid()}
         self._lock = threading.Lock()
-        self._held: dict[Key, dict[str, Any]] = {}  # the message by which its micro-batch was told of
-        self._groups = itertools.count(1)
+        self._held: dict[int, dict[str, Any]] = {}  # by number of the micro-batch, the message that told of it
+        self._numbers = itertools.count(1)
         self._lost: set[Key] = set()
         self._cancelled: set[Key] = set()
         self._last_beat: dict[Key, float] = {}
@@ -76,8 +77,8 @@ class Keeper:
             start_new_session=False, preexec_fn=_ignore_interrupt,
         )  # fmt: skip
         _send(process, self._hello)
-        for message in {m["group"]: m for m in self._held.values()}.values():
-            _send(process, {**message, "jobs": [key for key in message["jobs"] if key in self._held]})
+        for message in self._held.values():
+            _send(process, message)
         if self._models:
             _send(process, self._models)
         return process
@@ -100,28 +101,35 @@ class Keeper:
             with self._lock:
                 self._process = self._start()
 
-    def hold(self, keys: Sequence[Key], progress_s: float, limit_s: float) -> None:
-        """Renew these jobs' leases from now on and watch their progress."""
-        with self._lock:
-            message = {"op": "hold", "group": next(self._groups), "jobs": list(keys), "progress_s": progress_s, "limit_s": limit_s}
-            self._held.update(dict.fromkeys(keys, message))
-            _send(self._process, message)
+    def hold(self, keys: Sequence[Key], progress_s: float, limit_s: float) -> int:
+        """Renew these jobs' leases from now on and watch their progress.
 
-    def settle(self, keys: Sequence[Key]) -> None:
+        Returns:
+            Number of the micro-batch, by which it is settled and dropped.
+        """
+        with self._lock:
+            group = next(self._numbers)
+            self._held[group] = {"op": "hold", "group": group, "jobs": list(keys), "progress_s": progress_s, "limit_s": limit_s}
+            _send(self._process, self._held[group])
+        return group
+
+    def settle(self, group: int) -> None:
         """The runner is done with these jobs: renew their leases until `drop`, but watch for progress no more."""
         with self._lock:
-            _send(self._process, {"op": "settle", **named(keys, self._held)})
+            _send(self._process, {"op": "settle", "group": group})
 
-    def drop(self, keys: Sequence[Key]) -> None:
+    def drop(self, group: int) -> None:
         """These jobs are finished here."""
         with self._lock:
-            message = {"op": "drop", **named(keys, self._held)}
-            for key in keys:
-                self._held.pop(key, None)
-                self._last_beat.pop(key, None)
-            self._lost.difference_update(keys)
-            self._cancelled.difference_update(keys)
-            _send(self._process, message)
+            keys = self._held.pop(group)["jobs"]
+            # Thousands of short jobs a second come by here, of which nobody has ever said anything.
+            if self._last_beat:
+                for key in keys:
+                    self._last_beat.pop(key, None)
+            for said in (self._lost, self._cancelled):
+                if said:
+                    said.difference_update(keys)
+            _send(self._process, {"op": "drop", "group": group})
 
     def progress(self, key: Key, fraction: float | None, message: str) -> None:
         """Pass progress on, at most twice a second for each job; of one that is done only where its micro-batch was silent as long."""
@@ -168,14 +176,6 @@ class Keeper:
             self._process.kill()
 
 
-def named(keys: Sequence[Key], held: Mapping[Key, Mapping[str, Any]]) -> dict[str, Any]:
-    """Jobs as a message names them: a whole micro-batch by its number, others one by one."""
-    told = held.get(keys[0]) if keys else None
-    if told is not None and list(keys) == told["jobs"]:
-        return {"group": told["group"]}
-    return {"jobs": list(keys)}
-
-
 def _ignore_interrupt() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
@@ -195,13 +195,18 @@ def _send(process: "subprocess.Popen[str]", message: dict[str, Any]) -> None:
 class _Held:
     """A micro-batch. Its members share a forward pass: a sign of life of one is one of all."""
 
+    jobs: Sequence[Any]
+    """Pairs of id and attempt as they were told. Most micro-batches have ended before anybody asks which jobs they are."""
     progress_s: float
     limit_s: float
     started: float
     heard: float
     watched: bool = True
     spoke: bool = False
-    group: frozenset[Key] = field(default_factory=frozenset)
+
+    @cached_property
+    def keys(self) -> frozenset[Key]:
+        return frozenset((str(i), int(a)) for i, a in self.jobs)
 
 
 class _Keeper:
@@ -212,8 +217,8 @@ class _Keeper:
 
         self.settings = settings
         self.database = Database(settings.database(), pool_size=1)
-        self.held: dict[Key, _Held] = {}
-        self.groups: dict[int, tuple[Key, ...]] = {}
+        self.held: dict[int, _Held] = {}
+        """By number of the micro-batch."""
         self.notes: dict[Key, Note] = {}
         """Progress that was told and is not written down yet."""
         self.told: set[Key] = set()
@@ -267,30 +272,25 @@ class _Keeper:
 
     def take(self, message: dict[str, Any]) -> bool:
         op, at = message.get("op"), time.monotonic()
-        keys: Sequence[Key] = [(str(i), int(a)) for i, a in message.get("jobs", ())]
         if op == "hello":
             self.worker, self.queues = message["worker"], message["queues"]
             self.device, self.child = message["device"], message["pid"]
         elif op == "hold":
-            held = _Held(message["progress_s"], message["limit_s"], at, at, group=frozenset(keys))
-            self.groups[message["group"]] = tuple(keys)
-            self.held.update(dict.fromkeys(keys, held))
+            self.held[message["group"]] = _Held(message["jobs"], message["progress_s"], message["limit_s"], at, at)
         elif op == "settle":
-            for key in self.groups.get(message.get("group", 0), keys):
-                if key in self.held:
-                    self.held[key].watched = False
+            if (held := self.held.get(message["group"])) is not None:
+                held.watched = False
         elif op == "drop":
-            keys = self.groups.pop(message.get("group", 0), keys)
-            for key in keys:
-                self.held.pop(key, None)
-                self.notes.pop(key, None)
-            self.told.difference_update(keys)
+            held = self.held.pop(message["group"], None)
+            if held is not None and (self.notes or self.told):
+                for key in held.keys:
+                    self.notes.pop(key, None)
+                self.told -= held.keys
         elif op == "beat":
             key = (message["job"][0], message["job"][1])
-            own = self.held.get(key)
-            if own:
+            if (held := self._of(key)) is not None:
                 self.notes[key] = (message["fraction"], message["message"])
-                own.heard, own.spoke = at, True
+                held.heard, held.spoke = at, True
         elif op == "models":
             self.names, self.device = message["names"], message.get("device") or self.device
         elif op == "load":
@@ -298,11 +298,18 @@ class _Keeper:
             self.load = LoadWatch(name, message["limit_s"], lambda: usage(self.child)) if name else None
         return op == "bye"
 
+    def _of(self, key: Key) -> _Held | None:
+        """The micro-batch that a job is in."""
+        return next((held for held in self.held.values() if key in held.keys), None)
+
+    def _keys(self) -> list[Key]:
+        return [key for held in self.held.values() for key in held.keys]
+
     def beat(self) -> None:
         from db import lifecycle
 
         told, self.notes = self.notes, {}
-        notes = {key: told.get(key, (None, None)) for key in self.held}
+        notes = {key: told.get(key, (None, None)) for key in self._keys()}
         report = [self.worker, self.queues, self.device, len(notes), self.names]
         fresh = report == self.reported and time.monotonic() - self.reported_at < REPORT_S
         if fresh and not notes:
@@ -341,7 +348,7 @@ class _Keeper:
         if missed > STILL_S:
             # This process stood still too (a machine that was suspended, a group that was stopped, a ledger waited for): nobody can say
             # that the runner was silent meanwhile.
-            for held in self._distinct():
+            for held in self.held.values():
                 held.heard += missed
                 held.started += missed
         return at
@@ -353,7 +360,7 @@ class _Keeper:
         if reason:
             self.give_up_load(reason)
             return
-        for held in self._distinct():
+        for held in self.held.values():
             if not held.watched:
                 continue
             silence = held.progress_s + (0.0 if held.spoke else LOAD_ALLOWANCE_S)
@@ -363,9 +370,6 @@ class _Keeper:
             if at - held.started > held.limit_s + LOAD_ALLOWANCE_S:
                 self.kill(held, f"ran for {at - held.started:.0f} s (limit {held.limit_s:.0f} s)")
                 return
-
-    def _distinct(self) -> list[_Held]:
-        return list({id(held): held for held in self.held.values()}.values())
 
     def give_up_load(self, reason: str) -> None:
         """Kill a child whose model load hangs; what it still uploads is given back without a strike."""
@@ -377,15 +381,14 @@ class _Keeper:
             os.kill(self.child, signal.SIGKILL)
         except ProcessLookupError:
             pass
-        held, self.held = list(self.held), {}
+        held, self.held = self._keys(), {}
         self._ledger(lambda conn: lifecycle.crash(conn, held, reason, released=True))
 
     def kill(self, held: _Held, reason: str) -> None:
         from db import lifecycle
 
-        log.error("worker_hung", action="kill", worker=self.worker, reason=reason, jobs=len(held.group))
-        hung = [key for key in self.held if key in held.group]
-        others = [key for key in self.held if key not in held.group]
+        log.error("worker_hung", action="kill", worker=self.worker, reason=reason, jobs=len(held.keys))
+        others = [key for key in self._keys() if key not in held.keys]
         try:
             os.kill(self.child, signal.SIGKILL)
         except ProcessLookupError:
@@ -393,7 +396,7 @@ class _Keeper:
         error = {"type": "deadline", "code": "no_progress", "message": reason}
 
         def work(conn: Any) -> None:
-            for job_id, attempt in hung:
+            for job_id, attempt in sorted(held.keys):
                 lifecycle.stop(conn, lifecycle.Stop(job_id, attempt, error))
             lifecycle.crash(conn, others, "a neighbour hung the worker", released=True)
 
@@ -404,15 +407,16 @@ class _Keeper:
         """The child has gone: give its jobs back now instead of after their lease."""
         from db import lifecycle
 
-        held, self.held = dict(self.held), {}
+        held, self.held = list(self.held.values()), {}
         reason = "the worker stopped" if said_bye else f"the worker {self.worker} died"
-        computing = [key for key, own in held.items() if own.watched]
+        computing = any(own.watched for own in held)
         # While one job computes, the end of the process is not laid to those that only wait for their upload.
-        blamed = [key for key, own in held.items() if own.watched or not computing or len(own.group) > 1]
+        blamed = [key for own in held for key in own.keys if own.watched or not computing or len(own.jobs) > 1]
+        waited = [key for own in held for key in own.keys if computing and not own.watched and len(own.jobs) == 1]
 
         def work(conn: Any) -> None:
             lifecycle.crash(conn, blamed, reason, released=said_bye)
-            lifecycle.crash(conn, [key for key in held if key not in blamed], f"a neighbour ended {self.worker}", released=True)
+            lifecycle.crash(conn, waited, f"a neighbour ended {self.worker}", released=True)
             lifecycle.forget_worker(conn, self.worker)
 
         self._ledger(work)

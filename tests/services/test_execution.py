@@ -362,7 +362,7 @@ def test_the_end_of_a_process_is_laid_to_the_job_that_computed(database, executo
     keeper.database.close()
     keeper.database = database
     for job, watched in ((uploading, False), (computing, True)):
-        keeper.held[keys[job]] = _Held(60, 60, 0, 0, watched=watched, group=frozenset({keys[job]}))
+        keeper.held[len(keeper.held)] = _Held([keys[job]], 60, 60, 0, 0, watched=watched)
     keeper.end(said_bye=False)
     with database.read() as conn:
         rows = {r.id: (r.state, r.strikes) for r in conn.execute(select(Job.id, Job.state, Job.strikes))}
@@ -393,7 +393,7 @@ def test_a_runner_that_hangs_after_its_lease_was_lost_is_ended(database, executo
     keeper = _Keeper(executor.settings)
     keeper.database.close()
     keeper.database, keeper.child, keeper.worker = database, 4711, "w"
-    keeper.held[(job, 1)] = _Held(0.0, 60, time.monotonic(), time.monotonic() - 1e6, group=frozenset({(job, 1)}))
+    keeper.held[1] = _Held([(job, 1)], 0.0, 60, time.monotonic(), time.monotonic() - 1e6)
     keeper.beat()
     keeper.watch()
     assert killed == [4711]
@@ -402,14 +402,14 @@ def test_a_runner_that_hangs_after_its_lease_was_lost_is_ended(database, executo
 def test_a_cancelled_job_does_not_wait_for_its_neighbours(database, executor, make_jobs, monkeypatch, capsys):
     # Found by simulation: it stayed running until its micro-batch was committed, half a minute later.
     gone, neighbour = make_jobs(2, kind="trial.act", params={"text": "slow"}, reuse=False)
-    keys = frozenset({(gone, 1), (neighbour, 1)})
+    keys = [(gone, 1), (neighbour, 1)]
     keeper = _Keeper(executor.settings)
     keeper.database.close()
     keeper.database, keeper.worker = database, executor.worker
     midway = []
 
     def act(params, context):
-        keeper.held.update({key: _Held(60, 60, time.monotonic(), time.monotonic(), group=keys) for key in keys})
+        keeper.held[1] = _Held(keys, 60, 60, time.monotonic(), time.monotonic())
         for job in range(2):
             database.run(lambda conn: lifecycle.cancel_jobs(conn, [gone]))
             keeper.beat()
@@ -467,12 +467,12 @@ def test_a_keeper_that_stood_still_does_not_blame_the_runner(database, executor,
     keeper = _Keeper(executor.settings)
     keeper.database.close()
     keeper.database, keeper.child, keeper.worker = database, 4711, "w"
-    key, at = (held.id, held.attempt), time.monotonic()
-    keeper.held[key] = _Held(6.0, 60.0, at - 30, at - 30, spoke=True, group=frozenset({key}))
+    at = time.monotonic()
+    keeper.held[1] = _Held([(held.id, held.attempt)], 6.0, 60.0, at - 30, at - 30, spoke=True)
     keeper.looked_at = at - 30
     keeper.watch()
     assert killed == []
-    keeper.held[key].heard -= 7  # it was awake, and heard nothing
+    keeper.held[1].heard -= 7  # it was awake, and heard nothing
     keeper.watch()
     assert killed == [4711]
 

@@ -124,7 +124,7 @@ def test_a_hung_load_ends_the_child_and_gives_back_what_it_uploads(database, exe
     keeper = _Keeper(executor.settings)
     keeper.database.close()
     keeper.database, keeper.child = database, 4711
-    keeper.held[(uploading, 1)] = _Held(60, 60, 0, 0, watched=False, group=frozenset({(uploading, 1)}))
+    keeper.held[1] = _Held([(uploading, 1)], 60, 60, 0, 0, watched=False)
     keeper.take({"op": "load", "model": "m@1", "limit_s": 60.0})
     keeper.watch()
     assert killed == []

@@ -202,7 +202,7 @@ class SimKeeper:
         assert here is not None
         self.child, self.settings = here, settings
         self.hello = {"op": "hello", "worker": worker, "queues": list(queues), "device": device, "pid": here.number}
-        self.held: dict[Any, Any] = {}
+        self.held: dict[int, dict[str, Any]] = {}
         self._lost: set[Any] = set()
         self._cancelled: set[Any] = set()
         self._last: dict[Any, float] = {}
@@ -221,8 +221,8 @@ class SimKeeper:
             self.inner = inner = worker.keeper._Keeper(self.settings)
         inner.inbox = SimQueue()  # type: ignore[assignment]
         inner.inbox.put(self.hello)
-        for message in {m["group"]: m for m in self.held.values()}.values():
-            inner.inbox.put({**message, "jobs": [key for key in message["jobs"] if key in self.held]})
+        for message in self.held.values():
+            inner.inbox.put(message)
         stage.spawn(process, inner.run, then=self._ended)
 
     def _ended(self, error: BaseException | None) -> None:
@@ -246,26 +246,24 @@ class SimKeeper:
         self._lost.update((i, a) for i, a in message["lost"])
         self._cancelled.update((i, a) for i, a in message["cancelled"])
 
-    def hold(self, keys: Any, progress_s: float, limit_s: float) -> None:
+    def hold(self, keys: Any, progress_s: float, limit_s: float) -> int:
         if not self.child.alive:
-            return
+            return 0
         self.groups += 1
-        message = {"op": "hold", "group": self.groups, "jobs": list(keys), "progress_s": progress_s, "limit_s": limit_s}
-        self.held.update(dict.fromkeys(keys, message))
-        self.send(message)
+        self.held[self.groups] = {"op": "hold", "group": self.groups, "jobs": list(keys), "progress_s": progress_s, "limit_s": limit_s}
+        self.send(self.held[self.groups])
+        return self.groups
 
-    def settle(self, keys: Any) -> None:
-        self.send({"op": "settle", **worker.keeper.named(keys, self.held)})
+    def settle(self, group: int) -> None:
+        self.send({"op": "settle", "group": group})
 
-    def drop(self, keys: Any) -> None:
+    def drop(self, group: int) -> None:
         if not self.child.alive:
             return
-        message = {"op": "drop", **worker.keeper.named(keys, self.held)}
-        for key in keys:
-            self.held.pop(key, None)
-            self._lost.discard(key)
-            self._cancelled.discard(key)
-        self.send(message)
+        keys = self.held.pop(group)["jobs"]
+        self._lost.difference_update(keys)
+        self._cancelled.difference_update(keys)
+        self.send({"op": "drop", "group": group})
 
     def progress(self, key: Any, fraction: float | None, message: str) -> None:
         now = Stage.world.now

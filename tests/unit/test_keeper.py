@@ -6,7 +6,7 @@ import types
 import pytest
 
 from contentfactory.settings import load_settings
-from worker.keeper import Keeper, _Keeper, named
+from worker.keeper import Keeper, _Keeper
 
 KEYS = [(f"job_{n}", 1) for n in range(100)]
 
@@ -26,9 +26,9 @@ def keeper(monkeypatch, sent, tmp_path):
 
 
 def test_a_micro_batch_is_named_once_and_then_by_its_number(keeper, sent):
-    keeper.hold(KEYS, 60.0, 60.0)
-    keeper.settle(KEYS)
-    keeper.drop(KEYS)
+    group = keeper.hold(KEYS, 60.0, 60.0)
+    keeper.settle(group)
+    keeper.drop(group)
     [hold, settle, drop] = sent
     assert hold["jobs"] == KEYS
     assert settle == {"op": "settle", "group": hold["group"]}
@@ -36,12 +36,14 @@ def test_a_micro_batch_is_named_once_and_then_by_its_number(keeper, sent):
     assert keeper._held == {}
 
 
-def test_a_part_of_it_is_named_one_by_one(keeper, sent):
-    keeper.hold(KEYS, 60.0, 60.0)
-    keeper.drop(KEYS[:2])
-    assert sent[-1] == {"op": "drop", "jobs": KEYS[:2]}
-    assert named(KEYS[:3], keeper._held) == {"jobs": KEYS[:3]}
-    assert named([], keeper._held) == {"jobs": []}
+def test_what_was_said_of_a_job_goes_with_its_micro_batch(keeper):
+    groups = [keeper.hold(KEYS[:2], 60.0, 60.0), keeper.hold(KEYS[2:], 60.0, 60.0)]
+    keeper.progress(KEYS[0], 0.5, "half")
+    keeper.progress(KEYS[2], 0.5, "half")
+    keeper._lost |= {KEYS[0], KEYS[2]}
+    keeper._cancelled |= {KEYS[1], KEYS[3]}
+    keeper.drop(groups[0])
+    assert (set(keeper._last_beat), keeper._lost, keeper._cancelled) == ({KEYS[2]}, {KEYS[2]}, {KEYS[3]})
 
 
 def test_members_that_are_done_are_one_sign_of_life(keeper, sent):
@@ -76,14 +78,15 @@ def test_the_keeper_takes_what_it_is_told(tmp_path):
     keeper = _Keeper(load_settings(state_dir=tmp_path))
     keeper.take({"op": "hold", "group": 7, "jobs": [list(key) for key in KEYS], "progress_s": 5.0, "limit_s": 50.0})
     keeper.take({"op": "hold", "group": 8, "jobs": [["job_x", 2]], "progress_s": 5.0, "limit_s": 50.0})
-    assert set(keeper.held) == {*KEYS, ("job_x", 2)} and len(keeper._distinct()) == 2
     keeper.take({"op": "beat", "job": ["job_5", 1], "fraction": 0.5, "message": "half"})
-    assert all(keeper.held[key].spoke for key in KEYS) and not keeper.held["job_x", 2].spoke
+    keeper.take({"op": "beat", "job": ["job_x", 1], "fraction": 0.5, "message": "of an attempt that is held no more"})
+    assert keeper.held[7].spoke and not keeper.held[8].spoke
+    assert keeper.notes == {("job_5", 1): (0.5, "half")}
     keeper.take({"op": "settle", "group": 7})
-    assert not any(keeper.held[key].watched for key in KEYS) and keeper.held["job_x", 2].watched
-    keeper.take({"op": "drop", "jobs": [["job_5", 1]]})
-    assert len(keeper.held) == 100 and keeper.notes == {}
+    assert not keeper.held[7].watched and keeper.held[8].watched
+    keeper.told = {("job_5", 1), ("job_x", 2)}
     keeper.take({"op": "drop", "group": 7})
-    assert set(keeper.held) == {("job_x", 2)}
-    keeper.take({"op": "drop", "group": 99})  # of a keeper that was started anew: nothing to do
+    assert set(keeper.held) == {8} and keeper.notes == {} and keeper.told == {("job_x", 2)}
+    for op in ("settle", "drop"):
+        keeper.take({"op": op, "group": 99})  # of a keeper that was started anew: nothing to do
     keeper.database.close()

@@ -327,7 +327,7 @@ _HAPPENED = insert(Event).values(at=now())
 
 
 def dispatch(conn: Connection, queue: str, *, cap_s: float, max_jobs: int = 4096, per_worker: int = 1024, window: int = 512,
-             worker_seen_s: float = 60.0, top_up: bool = False, patient: bool = True) -> list[Hint]:  # fmt: skip
+             worker_seen_s: float = 60.0, top_up: bool = False, patient: bool = True, spare: bool = False) -> list[Hint]:  # fmt: skip
     """Turn queued rows into micro-batches and mark them ``dispatched``. Publish the hints after the commit.
 
     Highest priority first; inside a band the project with the least virtual time (compute seconds over weight) goes next.
@@ -345,6 +345,8 @@ def dispatch(conn: Connection, queue: str, *, cap_s: float, max_jobs: int = 4096
         worker_seen_s: How fresh a worker's report must be for it to count.
         top_up: Do nothing while more than half of what may be in flight is.
         patient: Whether to wait for somebody else who dispatches from this queue; nothing is done otherwise.
+        spare: Do nothing where nothing is on the broker and each live worker has begun a micro-batch a moment ago: they take the next
+            ones by themselves (`take`), and hints would only keep them from it. For one who comes again soon, and finds who has stopped.
 
     Returns:
         Micro-batches in the order in which to publish them.
@@ -355,6 +357,8 @@ def dispatch(conn: Connection, queue: str, *, cap_s: float, max_jobs: int = 4096
     if look.paused:
         return []
     workers = max(1, int(look.workers))
+    if spare and look.workers and not look.jobs and waiting.at_work(conn, queue) >= workers:
+        return []
     room = Room(cap_s * workers - float(look.seconds), 2 * workers - int(look.jobs), min(max_jobs, per_worker * workers - int(look.jobs)))
     if top_up and (room.full or (room.jobs <= 0 and (room.seconds < cap_s * workers / 2 or room.most < per_worker * workers / 2))):
         return []

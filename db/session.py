@@ -318,6 +318,8 @@ def _sqlite_connect(connection: Any, record: Any) -> None:
     cursor.execute("PRAGMA foreign_keys=ON")
     cursor.execute(f"PRAGMA busy_timeout={BUSY_S * 1000:.0f}")
     cursor.execute("PRAGMA cache_size=-32768")
+    # A page is written at a job's acceptance, its start and its end: copied into the database after each, or once.
+    cursor.execute("PRAGMA wal_autocheckpoint=8000")
     cursor.close()
 
 

@@ -77,6 +77,8 @@ _LOOK = select(
 _GLANCE = select(*(column for column in _LOOK.selected_columns if column.name not in ("seconds", "jobs")), literal(0).label("jobs"))
 STRANGERS = 64
 """Projects that may each send a micro-batch though the broker holds all that it should."""
+TAKING_S = 1.0
+"""How long ago the last micro-batch of a worker may have begun that is thought to take the next one by itself, seconds."""
 UNDIVIDED_S = 0.05
 """Compute seconds that the last jobs of a queue are not divided below: a micro-batch costs some 7 ms beside its jobs, and the last 512 no-ops
 went in ten of them, each half as large as the one before."""
@@ -95,6 +97,16 @@ def look(conn: Connection, queue: str, worker_seen_s: float) -> Any:
 def glance(conn: Connection, queue: str, worker_seen_s: float) -> Any:
     """As `look`, for who knows that nothing is on the broker: that is not counted."""
     return conn.execute(_GLANCE, {"queue": queue, "seen_s": worker_seen_s, "serves": f'%"{queue}"%', "clock": clock_name(queue)}).one()
+
+
+_AT_WORK = select(func.count(Job.c.lease_owner.distinct())).where(
+    Job.c.queue == bindparam("queue"), has_state(JobState.RUNNING), Job.c.started_at > now() - bindparam("within_s")
+)
+
+
+def at_work(conn: Connection, queue: str, within_s: float = TAKING_S) -> int:
+    """Workers that run a job of this queue which began so few seconds ago."""
+    return int(conn.execute(_AT_WORK, {"queue": queue, "within_s": within_s}).scalar_one())
 
 
 _IDLE = (

@@ -36,7 +36,7 @@ class Dispatcher:
         self.publisher = publisher
         self.settings = settings
 
-    def dispatch(self, queues: Iterable[str] | None = None, *, top_up: bool = False, patient: bool | None = None) -> int:
+    def dispatch(self, queues: Iterable[str] | None = None, *, top_up: bool = False, patient: bool | None = None, spare: bool = False) -> int:
         """Dispatch what fits.
 
         Args:
@@ -45,6 +45,7 @@ class Dispatcher:
                 by often, each time after a little room was made.
             patient: Whether to wait while somebody else dispatches or takes from a queue; it is left alone otherwise. Left out, who only
                 tops up does not wait.
+            spare: Leave queues alone whose workers take what there is by themselves: see `lifecycle.dispatch`.
 
         Returns:
             Number of jobs sent. A broker that is away is no error: the jobs stay queued.
@@ -52,13 +53,12 @@ class Dispatcher:
         if queues is None:
             with self.database.read() as conn:
                 queues = waiting.queues_with_work(conn)
-        patient = not top_up if patient is None else patient
+        step = partial(lifecycle.dispatch, cap_s=self.settings.inflight_s, top_up=top_up, patient=not top_up if patient is None else patient, spare=spare)
         sent = 0
         for queue in queues:
             window = LOOK
             while True:
-                step = partial(lifecycle.dispatch, queue=queue, cap_s=self.settings.inflight_s, window=window, top_up=top_up, patient=patient)
-                hints = self.database.run(step)
+                hints = self.database.run(partial(step, queue=queue, window=window))
                 if not hints:
                     break
                 if not self.send(hints):

@@ -65,7 +65,7 @@ class Timer:
                 # The storage with its manifest is away, say: it goes on from there later, and nothing else waits for that.
                 unread = error
         # Whoever holds the turn may have been stopped in it, and leases have to be looked at all the same.
-        self.dispatcher.dispatch(patient=False)
+        self.dispatcher.dispatch(patient=False, spare=True)
         self.database.run(_fold_and_close)
         if unread is not None:
             raise unread

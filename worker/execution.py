@@ -197,10 +197,7 @@ class Executor:
         spec = get_kind(kind)
         try:
             while claimed:
-                started = time.monotonic()
-                self._run_group(spec, [_Member(c) for c in claimed])
-                # One that came alone had no company when it left: its commit shall have this process and the ledger to itself.
-                quick = len(claimed) > 1 and time.monotonic() - started <= self.quick_s
+                quick = self._run_group(spec, [_Member(c) for c in claimed])
                 claimed = self._take(spec, claimed[0].model, begun) if quick else []
         finally:
             stayed, self._stays = self._stays, False
@@ -245,7 +242,10 @@ class Executor:
             model: The model version that it used.
             begun: When the first of these micro-batches began.
         """
-        if time.monotonic() - begun > self.stay_s or self._should_release():
+        if self._should_release():
+            return []
+        if time.monotonic() - begun > self.stay_s:
+            self._stays = True  # until now: it goes, and sees to it that there are hints
             return []
         named: list[str] = []
 
@@ -274,7 +274,12 @@ class Executor:
         self._unsure.update(set(named) - self._flying)  # of a try whose answer was lost, and that was not there when asked for
         return claimed
 
-    def _run_group(self, spec: KindSpec, members: list[_Member]) -> None:
+    def _run_group(self, spec: KindSpec, members: list[_Member]) -> bool:
+        """Run the micro-batch up to its commit, which goes on beside the next one.
+
+        Returns:
+            Whether this worker looks for the next one by itself (`_take`), because this one was quick.
+        """
         started = time.monotonic()
         keys = [m.key for m in members]
         limit = spec.time_limit_s * len(members)
@@ -329,9 +334,12 @@ class Executor:
             self._flying.difference_update(i for i, _ in keys)
             raise
         bound.info("computed", action="compute", seconds=round(time.monotonic() - started, 3), reused=len(reused))
-        finished = self.finishers.submit(self._finish, spec, members, reused, scratch, phases, started, group)
+        # One that came alone had no company when it left: its commit shall have this process and the ledger to itself.
+        quick = len(members) > 1 and time.monotonic() - started <= self.quick_s
+        finished = self.finishers.submit(self._finish, spec, members, reused, scratch, phases, started, group, quick)
         if alone:
             wait([finished])
+        return quick
 
     def _clear(self, scratch: Path) -> None:
         """Remove a scratch folder, and those that could not be removed before: that takes handles, and there may be none left."""
@@ -585,7 +593,7 @@ class Executor:
         return _artifact(claimed, output, resolved, key, sha256, size, role)
 
     def _finish(self, spec: KindSpec, members: Sequence[_Member], reused: Mapping[_Member, Success], scratch: Path,
-                phases: dict[str, float], started: float, group: int) -> None:  # fmt: skip
+                phases: dict[str, float], started: float, group: int, quick: bool) -> None:  # fmt: skip
         """Wait for the uploads and commit the group; the next micro-batch computes meanwhile."""
         keys = [m.key for m in members]
         try:
@@ -646,7 +654,10 @@ class Executor:
             self._flying.difference_update(i for i, _ in keys)
             self._slots.release()
             self._clear(scratch)
-        self._top_up(started)
+        if not quick:
+            # After a quick one this worker takes what there is once the broker is empty. Hints for the room it made would keep it from that for
+            # as long as there are any: each micro-batch would pay for messages and two changes of state, and leave hints behind for the next.
+            self._top_up(started)
 
     def _top_up(self, started: float) -> None:
         """Dispatch for the room that a commit made.

@@ -6,12 +6,12 @@ import threading
 from collections import Counter
 
 import pytest
-from sqlalchemy import select
+from sqlalchemy import select, update
 
 from contentfactory.errors import ServiceUnavailable
 from contentfactory.settings import load_settings
 from contentfactory.states import Priority
-from db import lifecycle, projects
+from db import lifecycle, projects, waiting
 from db.models import Job, Queue, Share
 from storage.memory import MemoryStore
 from worker.execution import Executor
@@ -85,6 +85,26 @@ def test_a_hint_that_waits_goes_first(database, make_jobs, executor, broker):
     executor.run("text.echo", hint.ids)
     executor.finishers.submit(lambda: None).result()
     assert states(database)["succeeded"] == FULL and broker.asked == 1
+    assert broker.sent == []  # once the hints are used up, a quick worker takes for itself; more of them would keep it from that
+
+
+def test_the_timer_leaves_a_queue_to_workers_that_take_for_themselves(database, make_jobs):
+    make_jobs(4 * FULL, kind="text.echo", params={"text": "a"}, seconds=1e-6)
+
+    def spared():
+        return not database.run(lambda conn: lifecycle.dispatch(conn, "text", cap_s=1e-9, max_jobs=1, spare=True))
+
+    for worker in ("a", "b"):
+        database.run(lambda conn, worker=worker: lifecycle.report_worker(conn, worker, ["text"], "cpu", 0, []))
+    take(database, worker="a")
+    assert not spared()  # the other has nothing to do
+    with database.write() as conn:
+        conn.execute(update(Job).where(Job.state == "dispatched").values(state="queued", dispatched_at=None))
+    take(database, worker="b")
+    assert spared()
+    with database.write() as conn:
+        conn.execute(update(Job).where(Job.lease_owner == "a").values(started_at=Job.started_at - waiting.TAKING_S))
+    assert not spared()  # this one's micro-batch takes its time, or it has died
 
 
 def test_nothing_is_looked_for_after_a_job_that_came_alone(database, make_jobs, executor, broker):
@@ -143,8 +163,8 @@ def test_another_kind_is_left_to_its_hint(database, make_jobs, executor, broker)
     assert [h.kind for h in broker.sent] == ["text.embed"]  # whoever stayed sees to it that it goes on
 
 
-def take(database, kind="text.echo", model=None, **options):
-    return database.run(lambda conn: lifecycle.take(conn, "text", kind, model, "w", 60.0, **options))
+def take(database, kind="text.echo", model=None, worker="w", **options):
+    return database.run(lambda conn: lifecycle.take(conn, "text", kind, model, worker, 60.0, **options))
 
 
 def test_nothing_is_taken_from_a_paused_queue_or_for_another_model(database, make_jobs):

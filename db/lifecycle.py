@@ -43,6 +43,7 @@ from db.sql import (
     dumps,
     has_state,
     insert_rows,
+    insertion,
     packed,
     packed_rows,
     rows_given,
@@ -698,14 +699,44 @@ def finish(conn: Connection, results: Sequence[Success], worker: str | None = No
                 "id": micro_batch, "kind": kind, "queue": queue, "worker": ran, "jobs": size,
                 "started_at": started_at, "finished_at": finished_at, "phases": dict(r.phases) or None,
             }  # fmt: skip
-    insert_rows(conn, Artifact, _ARTIFACT, artifacts)
     insert_rows(conn, Attempt, _ATTEMPT, attempts)
-    if groups:
-        # In order: two commits may end parts of the same ones, and each waits for the other's row.
-        conn.execute(_micro_batch(dialect), [group for _, group in sorted(groups.items())])
-    _ended(conn, [row[:4] for row in done.values()], JobState.SUCCEEDED, at, reused={r.job_id for r in published if r.reused_from})
-    _unblock(conn, list(done))
+    ended = [row[:4] for row in done.values()]
+    _count(conn, ended, JobState.SUCCEEDED, reused={r.job_id for r in published if r.reused_from})
+    events = _events(ended, JobState.SUCCEEDED, at)
+    # In order: two commits may end parts of the same ones, and each waits for the other's row.
+    ran_in = [group for _, group in sorted(groups.items())]
+    if dialect == "postgresql" and len(ran_in) == len(events) == 1:
+        _unblock(conn, _leave(conn, artifacts, ran_in[0], events[0], list(done)))
+        return list(done)
+    insert_rows(conn, Artifact, _ARTIFACT, artifacts)
+    if ran_in:
+        conn.execute(_micro_batch(dialect), ran_in)
+    insert_rows(conn, Event, _EVENT, events)
+    _unblock(conn, _waiting_for(conn, list(done)))
     return list(done)
+
+
+def _leave(conn: Connection, artifacts: Sequence[Any], micro_batch: Mapping[str, Any], event: Sequence[Any], parents: Sequence[str]) -> list[str]:
+    """Write what one micro-batch leaves behind besides its jobs, and find who waits for these: in one round trip to PostgreSQL.
+
+    Returns:
+        As `_waiting_for`.
+    """
+    one = len(artifacts) == 1
+    if not one:
+        insert_rows(conn, Artifact, _ARTIFACT, artifacts)
+    told = {**micro_batch, "phases": dumps(micro_batch["phases"]) if micro_batch["phases"] else None}
+    values = (*(told[name] for name in _MICRO_BATCH), *event, *(artifacts[0] if one else ()), packed("postgresql", parents))
+    return list(conn.exec_driver_sql(_left(one), values).scalars())
+
+
+@cache
+def _left(artifact: bool) -> str:
+    parts = [f"{insertion('postgresql', MicroBatch, _MICRO_BATCH)} ON CONFLICT DO NOTHING", insertion("postgresql", Event, _EVENT)]
+    if artifact:
+        parts.append(insertion("postgresql", Artifact, _ARTIFACT))
+    known = ", ".join(f"part{n} AS ({part})" for n, part in enumerate(parts))
+    return f"WITH {known} SELECT job_id FROM {Dependency.name} WHERE parent_id = ANY(CAST(%s AS VARCHAR[]))"  # noqa: S608 - names of our own
 
 
 _KEYS = ("id", "result_key", "reused_from")
@@ -745,6 +776,8 @@ def _micro_batch(dialect: str) -> Any:
     return upsert(dialect, MicroBatch).on_conflict_do_nothing()
 
 
+_MICRO_BATCH = ("id", "kind", "queue", "worker", "jobs", "started_at", "finished_at", "phases")
+_EVENT = ("at", "type", "project_id", "batch_id", "job_id", "data")
 _ATTEMPT = ("job_id", "attempt", "worker", "group_size", "started_at", "finished_at", "outcome", "error", "phases")
 """Columns of an attempt's row. It is written when the attempt ends without a result; until then, and if it succeeds, the job's own row says as much."""
 
@@ -993,24 +1026,33 @@ def _stopped(terminal: bool) -> Any:
     return update(Job).where(*fence).values(values).returning(now())
 
 
-def _ended(conn: Connection, rows: Sequence[Any], state: JobState, at: float, *, error: Mapping[str, Any] | None = None,
-           reused: set[str] | None = None) -> None:  # fmt: skip
-    """Counters and events of jobs that have just become terminal, at that time of the database's.
-
-    Jobs that end together have one event: those of a batch, and where they succeed those of a project that belong to none.
+def _ended(conn: Connection, rows: Sequence[Any], state: JobState, at: float, *, error: Mapping[str, Any] | None = None) -> None:
+    """Count jobs that have just become terminal, and tell of them.
 
     Args:
         conn: Connection in a write transaction.
         rows: Id, project, batch and kind of each job.
         state: What they became.
-        at: When.
+        at: When, on the database's clock.
         error: Why, where they have no result.
-        reused: Those of them that took another job's result.
     """
+    _count(conn, rows, state)
+    insert_rows(conn, Event, _EVENT, _events(rows, state, at, error))
+
+
+def _count(conn: Connection, rows: Sequence[Any], state: JobState, *, reused: Collection[str] = ()) -> None:
+    """Add jobs that have just become terminal to their batches' counters; ``reused`` took another job's result."""
     deltas = Counter([(batch_id, kind, str(state)) for _, _, batch_id, kind in rows if batch_id])
     if reused:
         deltas.update([(batch_id, kind, "reused") for job_id, _, batch_id, kind in rows if batch_id and job_id in reused])
     _add_deltas(conn, deltas)
+
+
+def _events(rows: Sequence[Any], state: JobState, at: float, error: Mapping[str, Any] | None = None) -> list[tuple[Any, ...]]:
+    """Values of `_EVENT` for jobs that have just become terminal.
+
+    Jobs that end together have one event: those of a batch, and where they succeed those of a project that belong to none.
+    """
     events: list[tuple[Any, ...]] = []
     grouped: dict[tuple[str, str | None], list[str]] = defaultdict(list)
     together = state == JobState.SUCCEEDED and len(rows) > 1
@@ -1022,18 +1064,24 @@ def _ended(conn: Connection, rows: Sequence[Any], state: JobState, at: float, *,
             events.append((at, f"job.{state}", project_id, batch_id, job_id, alone))
     for (project_id, batch_id), ids in grouped.items():
         events.append((at, f"jobs.{state}", project_id, batch_id, None, dumps_ids({"state": str(state), "jobs": ids})))
-    insert_rows(conn, Event, ("at", "type", "project_id", "batch_id", "job_id", "data"), events)
+    return events
 
 
-def _unblock(conn: Connection, parents: Sequence[str]) -> None:
+def _waiting_for(conn: Connection, parents: Sequence[str]) -> list[str]:
+    """Who waits for these jobs, as often as for how many of them."""
     dialect = conn.dialect.name
-    waiting = Counter(edge.job_id for edge in conn.execute(_edges(dialect), {"p_ids": packed(dialect, parents)}))
+    return [edge.job_id for edge in conn.execute(_edges(dialect), {"p_ids": packed(dialect, parents)})]
+
+
+def _unblock(conn: Connection, children: Sequence[str]) -> None:
+    """Jobs for which each of these has one parent less to wait for."""
+    dialect = conn.dialect.name
     by_count: dict[int, list[str]] = defaultdict(list)
-    for child, n in sorted(waiting.items()):
+    for child, n in sorted(Counter(children).items()):
         by_count[n].append(child)
-    for n, children in by_count.items():
+    for n, some in by_count.items():
         # Subtracted, not counted anew: two parents may end at the same time and see only their own edge.
-        ids = packed(dialect, children)
+        ids = packed(dialect, some)
         conn.execute(_less_pending(dialect), {"p_ids": ids, "p_n": n})
         conn.execute(_unblocked(dialect), {"p_ids": ids})
 

@@ -137,20 +137,23 @@ def insert_rows(
     """
     if not rows:
         return
-    names = ", ".join(columns)
     if conn.dialect.name == "postgresql" and len(rows) >= COPY_FROM and not replacing:
         cursor: Any = conn.connection.cursor()
-        with cursor, cursor.copy(f"COPY {table.name} ({names}) FROM STDIN") as copy:
+        with cursor, cursor.copy(f"COPY {table.name} ({', '.join(columns)}) FROM STDIN") as copy:
             for row in rows:
                 copy.write_row(row)
         return
-    mark = "%s" if conn.dialect.name == "postgresql" else "?"
-    values = ", ".join([mark] * len(columns))
     conflict = ""
     if replacing:
         rest = ", ".join(f"{name} = excluded.{name}" for name in columns if name not in replacing)
         conflict = f" ON CONFLICT ({', '.join(replacing)}) DO UPDATE SET {rest}"
-    conn.exec_driver_sql(f"INSERT INTO {table.name} ({names}) VALUES ({values}){conflict}", list(rows))  # noqa: S608 - names of our own
+    conn.exec_driver_sql(insertion(conn.dialect.name, table, columns) + conflict, list(rows))
 
 
-__all__ = ["COPY_FROM", "among", "among_given", "dumps", "has_state", "insert_rows", "packed", "packed_rows", "rows_given", "statement_text", "was"]
+def insertion(dialect: str, table: Any, columns: Sequence[str]) -> str:
+    """Text of a statement that inserts a row whose values follow as the driver takes them."""
+    marks = ", ".join(["%s" if dialect == "postgresql" else "?"] * len(columns))
+    return f"INSERT INTO {table.name} ({', '.join(columns)}) VALUES ({marks})"  # noqa: S608 - names of our own
+
+
+__all__ = ["COPY_FROM", "among", "among_given", "dumps", "has_state", "insert_rows", "insertion", "packed", "packed_rows", "rows_given", "statement_text", "was"]

@@ -265,7 +265,7 @@ def _deltas_kept() -> Places:
 
 
 def _children_stay_blocked() -> Places:
-    return [(lifecycle, "_unblock", lambda conn, parents: None), (lifecycle, "unblock_stuck", lambda conn, limit=1000: 0)]
+    return [(lifecycle, "_unblock", lambda conn, children: None), (lifecycle, "unblock_stuck", lambda conn, limit=1000: 0)]
 
 
 def _children_do_not_fail() -> Places:

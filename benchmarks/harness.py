@@ -394,19 +394,8 @@ class Factory:
         line = self.process.stdout.readline() if self.process.stdout else ""
         if not line:
             raise RuntimeError(f"factory up did not start:\n{self.log()}")
-        self._wait_until("SELECT count(*) >= :n FROM workers", "workers have not reported themselves", n=sum(self.settings.embedded_workers.values()))
-
-    def _wait_until(self, query: str, missing: str, timeout: float = 60, **values: Any) -> None:
-        from sqlalchemy import text
-
-        end = time.monotonic() + timeout
-        while True:
-            with self.database.read() as conn:
-                if conn.execute(text(query), values).scalar():
-                    return
-            if time.monotonic() > end:
-                raise TimeoutError(f"{missing} after {timeout:.0f} s\n{self.log()}")
-            time.sleep(0.05)
+        workers = sum(self.settings.embedded_workers.values())
+        self._wait_until(f"SELECT count(*) >= {workers} FROM workers", "workers have not reported themselves", timeout=60)
 
     def log(self) -> str:
         """The end of every log."""
@@ -434,16 +423,19 @@ class Factory:
 
     def wait_idle(self, timeout: float = 300) -> None:
         """Wait until no job is queued, dispatched or running: two looks into small indices."""
+        states = " UNION ALL ".join(f"SELECT * FROM (SELECT 1 FROM jobs WHERE place = '{s}' LIMIT 1) a{n}" for n, s in enumerate(("queued", "flying")))
+        self._wait_until(f"SELECT NOT EXISTS ({states})", "jobs still wait", timeout)
+
+    def _wait_until(self, query: str, missing: str, timeout: float) -> None:
         from sqlalchemy import text
 
         end, pause = time.monotonic() + timeout, 0.02
-        states = " UNION ALL ".join(f"SELECT * FROM (SELECT 1 FROM jobs WHERE place = '{s}' LIMIT 1) a{n}" for n, s in enumerate(("queued", "flying")))
         while True:
             with self.database.read() as conn:
-                if conn.execute(text(states)).first() is None:
+                if conn.execute(text(query)).scalar():
                     return
             if time.monotonic() > end:
-                raise TimeoutError(f"jobs still wait after {timeout:.0f} s\n{self.log()}")
+                raise TimeoutError(f"{missing} after {timeout:.0f} s\n{self.log()}")
             if self.process is not None and self.process.poll() is not None:
                 raise RuntimeError(f"factory up ended\n{self.log()}")
             # A look each 50 ms is 3 % of a core, which whoever measures minutes would not have.

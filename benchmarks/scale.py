@@ -52,6 +52,7 @@ def life(factory: Factory) -> dict[str, float]:
     """Dispatch, claim and commit a group; microseconds a job of each."""
     from contentfactory.ids import new_id
     from db import lifecycle
+    from db.ended import NewArtifact
 
     settings, database = factory.settings, factory.database
     begun = time.perf_counter()
@@ -63,7 +64,7 @@ def life(factory: Factory) -> dict[str, float]:
     taken = time.perf_counter()
     results = [
         lifecycle.Success(
-            c.id, c.attempt, (lifecycle.NewArtifact("text.txt", f"a/{new_id('art')}", "0" * 64, 1, "text/plain"),), (), None, None, {"compute_s": 0.0}
+            c.id, c.attempt, (NewArtifact("text.txt", f"a/{new_id('art')}", "0" * 64, 1, "text/plain"),), (), None, None, {"compute_s": 0.0}
         )
         for c in claimed
     ]  # fmt: skip
@@ -111,6 +112,7 @@ def listings(factory: Factory, batch_id: str, count: int) -> dict[str, list[floa
 def work_off(factory: Factory, parts: int) -> list[float]:
     """Take and commit all that waits, as a worker that stays does; microseconds a job in each part of the run."""
     from db import lifecycle
+    from db.ended import NewArtifact
     from worker.execution import LOOK_WHOLE_S
 
     def take(conn: Any) -> list[Any]:
@@ -129,7 +131,7 @@ def work_off(factory: Factory, parts: int) -> list[float]:
         claimed = factory.database.run(take)
         if not claimed:
             break
-        made = (lifecycle.NewArtifact("text.txt", "a/none", "0" * 64, 1, "text/plain"),)
+        made = (NewArtifact("text.txt", "a/none", "0" * 64, 1, "text/plain"),)
         results = [lifecycle.Success(c.id, c.attempt, made, (), None, None, {"compute_s": 0.0}) for c in claimed]
         factory.database.run(lambda conn, results=results: lifecycle.finish(conn, results, "bench"))
         spent.append((len(claimed), time.perf_counter() - begun))

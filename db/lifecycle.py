@@ -29,12 +29,12 @@ from sqlalchemy import (
 )
 
 from contentfactory.errors import DependencyFailed, TransientError
-from contentfactory.fastjson import dumps_ids
 from contentfactory.ids import new_id
 from contentfactory.jobs.spec import RetryPolicy, get_kind
 from contentfactory.states import TERMINAL, BatchState, JobState
-from db import waiting
+from db import ended, waiting
 from db.choice import Hint, Room, charge, choose
+from db.ended import NewArtifact
 from db.places import any_of
 from db.session import BINARY, insert_for, now, upsert
 from db.sql import (
@@ -43,7 +43,6 @@ from db.sql import (
     dumps,
     has_state,
     insert_rows,
-    insertion,
     packed,
     packed_rows,
     rows_given,
@@ -54,13 +53,11 @@ from db.tables import (
     Artifact,
     Attempt,
     Batch,
-    BatchDelta,
     Dependency,
     DoomedObject,
     Event,
     Job,
     Mark,
-    MicroBatch,
     ModelVersion,
     Project,
     Queue,
@@ -100,22 +97,6 @@ class NewJob:
     idempotency_key: str | None = None
     request_hash: str | None = None
     labels: dict[str, str] = field(default_factory=dict)
-
-
-@dataclass(slots=True)
-class NewArtifact:
-    """An artifact whose object already lies in the store."""
-
-    name: str
-    object_key: str
-    sha256: str
-    size: int
-    media_type: str
-    role: str = "output"
-    meta: dict[str, Any] = field(default_factory=dict)
-    seed: int | None = None
-    model: str | None = None
-    parents: tuple[str, ...] = ()
 
 
 @dataclass(slots=True)
@@ -231,7 +212,7 @@ def insert_jobs(conn: Connection, jobs: Sequence[NewJob], *, fresh: bool = False
     else:
         new = _insert_new(conn, Job, [dict(zip(_ROW, row, strict=True)) for row in rows])
         _insert_new(conn, Dependency, [{"job_id": job, "parent_id": parent} for job, parent in edges])
-    _add_deltas(conn, Counter((j.batch_id, j.kind, "total") for j in jobs if j.batch_id and j.id in new))
+    ended.add_deltas(conn, Counter((j.batch_id, j.kind, "total") for j in jobs if j.batch_id and j.id in new))
     failed = [p for p, state in states.items() if state in TERMINAL and state != JobState.SUCCEEDED]
     if failed:
         _fail_children(conn, failed)
@@ -308,10 +289,6 @@ def _insert_new(conn: Connection, table: Any, rows: list[dict[str, Any]]) -> set
 def _insert_one(dialect: str, table: Any) -> Any:
     statement = upsert(dialect, table).on_conflict_do_nothing()
     return statement.returning(Job.c.id if table is Job else table.c.job_id)
-
-
-def _add_deltas(conn: Connection, deltas: Mapping[Any, int]) -> None:
-    insert_rows(conn, BatchDelta, ("batch_id", "kind", "state", "n"), [(b, k, str(s), n) for (b, k, s), n in deltas.items() if b and n])
 
 
 def add_event(conn: Connection, type_: str, *, project_id: str | None = None, batch_id: str | None = None,
@@ -679,12 +656,12 @@ def finish(conn: Connection, results: Sequence[Success], worker: str | None = No
     for r in published:
         # By their places: a name costs a row of SQLAlchemy's as much as all else that is done with it here.
         job_id, project_id, _, kind, queue, seed, model, size, micro_batch, started_at, finished_at = done[r.job_id]
-        rows = [_artifact_row(new_id("art"), n, a, job_id, r.attempt, project_id, seed, model, at) for n, a in enumerate(r.artifacts)]
-        artifacts += rows
+        made = [ended.artifact_row(new_id("art"), n, a, job_id, r.attempt, project_id, seed, model, at) for n, a in enumerate(r.artifacts)]
+        artifacts += made
         if r.models:
-            by_name = {values[6]: dict(zip(_ARTIFACT, values, strict=True)) for values in rows}
-            for made in r.models:
-                insert_model(conn, _model_row(made, project_id, job_id, by_name, at))
+            by_name = {values[6]: dict(zip(ended.ARTIFACT, values, strict=True)) for values in made}
+            for version in r.models:
+                insert_model(conn, _model_row(version, project_id, job_id, by_name, at))
         if (group := groups.get(micro_batch)) is not None:
             group["started_at"] = min(group["started_at"], started_at)
             group["finished_at"] = max(group["finished_at"], finished_at)
@@ -699,44 +676,13 @@ def finish(conn: Connection, results: Sequence[Success], worker: str | None = No
                 "id": micro_batch, "kind": kind, "queue": queue, "worker": ran, "jobs": size,
                 "started_at": started_at, "finished_at": finished_at, "phases": dict(r.phases) or None,
             }  # fmt: skip
-    insert_rows(conn, Attempt, _ATTEMPT, attempts)
-    ended = [row[:4] for row in done.values()]
-    _count(conn, ended, JobState.SUCCEEDED, reused={r.job_id for r in published if r.reused_from})
-    events = _events(ended, JobState.SUCCEEDED, at)
-    # In order: two commits may end parts of the same ones, and each waits for the other's row.
+    insert_rows(conn, Attempt, ended.ATTEMPT, attempts)
+    rows = [row[:4] for row in done.values()]
+    ended.count(conn, rows, JobState.SUCCEEDED, reused={r.job_id for r in published if r.reused_from})
+    # In order: two commits may end parts of the same micro-batches, and each waits for the other's row.
     ran_in = [group for _, group in sorted(groups.items())]
-    if dialect == "postgresql" and len(ran_in) == len(events) == 1:
-        _unblock(conn, _leave(conn, artifacts, ran_in[0], events[0], list(done)))
-        return list(done)
-    insert_rows(conn, Artifact, _ARTIFACT, artifacts)
-    if ran_in:
-        conn.execute(_micro_batch(dialect), ran_in)
-    insert_rows(conn, Event, _EVENT, events)
-    _unblock(conn, _waiting_for(conn, list(done)))
+    _unblock(conn, ended.leave(conn, artifacts, ran_in, ended.events(rows, JobState.SUCCEEDED, at), list(done)))
     return list(done)
-
-
-def _leave(conn: Connection, artifacts: Sequence[Any], micro_batch: Mapping[str, Any], event: Sequence[Any], parents: Sequence[str]) -> list[str]:
-    """Write what one micro-batch leaves behind besides its jobs, and find who waits for these: in one round trip to PostgreSQL.
-
-    Returns:
-        As `_waiting_for`.
-    """
-    one = len(artifacts) == 1
-    if not one:
-        insert_rows(conn, Artifact, _ARTIFACT, artifacts)
-    told = {**micro_batch, "phases": dumps(micro_batch["phases"]) if micro_batch["phases"] else None}
-    values = (*(told[name] for name in _MICRO_BATCH), *event, *(artifacts[0] if one else ()), packed("postgresql", parents))
-    return list(conn.exec_driver_sql(_left(one), values).scalars())
-
-
-@cache
-def _left(artifact: bool) -> str:
-    parts = [f"{insertion('postgresql', MicroBatch, _MICRO_BATCH)} ON CONFLICT DO NOTHING", insertion("postgresql", Event, _EVENT)]
-    if artifact:
-        parts.append(insertion("postgresql", Artifact, _ARTIFACT))
-    known = ", ".join(f"part{n} AS ({part})" for n, part in enumerate(parts))
-    return f"WITH {known} SELECT job_id FROM {Dependency.name} WHERE parent_id = ANY(CAST(%s AS VARCHAR[]))"  # noqa: S608 - names of our own
 
 
 _KEYS = ("id", "result_key", "reused_from")
@@ -772,35 +718,8 @@ def _owners(dialect: str) -> Any:
 
 
 @cache
-def _micro_batch(dialect: str) -> Any:
-    return upsert(dialect, MicroBatch).on_conflict_do_nothing()
-
-
-_MICRO_BATCH = ("id", "kind", "queue", "worker", "jobs", "started_at", "finished_at", "phases")
-_EVENT = ("at", "type", "project_id", "batch_id", "job_id", "data")
-_ATTEMPT = ("job_id", "attempt", "worker", "group_size", "started_at", "finished_at", "outcome", "error", "phases")
-"""Columns of an attempt's row. It is written when the attempt ends without a result; until then, and if it succeeds, the job's own row says as much."""
-
-
-@cache
 def _asked_to_stop(dialect: str) -> Any:
     return select(Job.c.id).where(*_fence(dialect), Job.c.cancel_requested)
-
-
-_ARTIFACT = (
-    "id", "project_id", "job_id", "attempt", "position", "role", "name", "object_key", "sha256", "size", "media_type", "meta", "seed",
-    "model", "parents", "created_at",
-)  # fmt: skip
-
-
-def _artifact_row(artifact_id: str, position: int, a: NewArtifact, job_id: str, attempt: int, project_id: str, seed: int, model: str | None,
-                  at: float) -> tuple[Any, ...]:  # fmt: skip
-    """Values of `_ARTIFACT`."""
-    return (
-        artifact_id, project_id, job_id, attempt, position, a.role, a.name, a.object_key, a.sha256, a.size, a.media_type,
-        dumps(a.meta) if a.meta else "{}", a.seed if a.seed is not None else seed, a.model or model,
-        dumps(list(a.parents)) if a.parents else "[]", at,
-    )  # fmt: skip
 
 
 def _model_row(model: Mapping[str, Any], project_id: str, job_id: str, artifacts: Mapping[str, Mapping[str, Any]], at: float) -> dict[str, Any]:
@@ -904,7 +823,7 @@ def publish(conn: Connection, job_id: str, attempt: int, artifact: NewArtifact) 
     # Published ones sort behind the outputs that the commit will number from 0.
     start = max(1000, (last or 0) + 1)
     at = database_time(conn)
-    insert_rows(conn, Artifact, _ARTIFACT, [_artifact_row(new_id("art"), start, artifact, row.id, row.attempt, row.project_id, row.seed, row.model, at)])
+    insert_rows(conn, Artifact, ended.ARTIFACT, [ended.artifact_row(new_id("art"), start, artifact, row.id, row.attempt, row.project_id, row.seed, row.model, at)])
     return True
 
 
@@ -1005,9 +924,9 @@ def stop(conn: Connection, result: Stop) -> JobState | None:
     told = dumps(dict(result.error)), dumps(dict(result.phases)) if result.phases else None
     attempt = (row.id, row.attempt, row.lease_owner or "", row.group_size, row.started_at, at, error_class, *told)
     # A worker of an earlier release wrote the row when it claimed the job.
-    insert_rows(conn, Attempt, _ATTEMPT, [attempt], replacing=("job_id", "attempt"))
+    insert_rows(conn, Attempt, ended.ATTEMPT, [attempt], replacing=("job_id", "attempt"))
     if terminal:
-        _ended(conn, [(row.id, row.project_id, row.batch_id, row.kind)], verdict.state, at, error=result.error)
+        ended.tell(conn, [(row.id, row.project_id, row.batch_id, row.kind)], verdict.state, at, error=result.error)
         _fail_children(conn, [row.id])
     else:
         data = {"attempt": row.attempt, "error": dict(result.error), "delay_s": round(verdict.delay_s, 3)}
@@ -1024,53 +943,6 @@ def _stopped(terminal: bool) -> Any:
     }  # fmt: skip
     fence = (Job.c.id == bindparam("p_job"), Job.c.attempt == bindparam("p_attempt"), was(JobState.RUNNING))
     return update(Job).where(*fence).values(values).returning(now())
-
-
-def _ended(conn: Connection, rows: Sequence[Any], state: JobState, at: float, *, error: Mapping[str, Any] | None = None) -> None:
-    """Count jobs that have just become terminal, and tell of them.
-
-    Args:
-        conn: Connection in a write transaction.
-        rows: Id, project, batch and kind of each job.
-        state: What they became.
-        at: When, on the database's clock.
-        error: Why, where they have no result.
-    """
-    _count(conn, rows, state)
-    insert_rows(conn, Event, _EVENT, _events(rows, state, at, error))
-
-
-def _count(conn: Connection, rows: Sequence[Any], state: JobState, *, reused: Collection[str] = ()) -> None:
-    """Add jobs that have just become terminal to their batches' counters; ``reused`` took another job's result."""
-    deltas = Counter([(batch_id, kind, str(state)) for _, _, batch_id, kind in rows if batch_id])
-    if reused:
-        deltas.update([(batch_id, kind, "reused") for job_id, _, batch_id, kind in rows if batch_id and job_id in reused])
-    _add_deltas(conn, deltas)
-
-
-def _events(rows: Sequence[Any], state: JobState, at: float, error: Mapping[str, Any] | None = None) -> list[tuple[Any, ...]]:
-    """Values of `_EVENT` for jobs that have just become terminal.
-
-    Jobs that end together have one event: those of a batch, and where they succeed those of a project that belong to none.
-    """
-    events: list[tuple[Any, ...]] = []
-    grouped: dict[tuple[str, str | None], list[str]] = defaultdict(list)
-    together = state == JobState.SUCCEEDED and len(rows) > 1
-    alone = dumps({"state": str(state), **({"error": dict(error)} if error else {})})
-    for job_id, project_id, batch_id, _ in rows:
-        if error is None and (batch_id or together):
-            grouped[(project_id, batch_id)].append(job_id)
-        else:
-            events.append((at, f"job.{state}", project_id, batch_id, job_id, alone))
-    for (project_id, batch_id), ids in grouped.items():
-        events.append((at, f"jobs.{state}", project_id, batch_id, None, dumps_ids({"state": str(state), "jobs": ids})))
-    return events
-
-
-def _waiting_for(conn: Connection, parents: Sequence[str]) -> list[str]:
-    """Who waits for these jobs, as often as for how many of them."""
-    dialect = conn.dialect.name
-    return [edge.job_id for edge in conn.execute(_edges(dialect), {"p_ids": packed(dialect, parents)})]
 
 
 def _unblock(conn: Connection, children: Sequence[str]) -> None:
@@ -1104,8 +976,8 @@ def _fail_children(conn: Connection, parents: Sequence[str]) -> None:
     dialect = conn.dialect.name
     while level:
         edges: dict[str, str] = {}
-        for edge in conn.execute(_edges(dialect), {"p_ids": packed(dialect, level)}):
-            edges.setdefault(edge.job_id, edge.parent_id)
+        for child, parent in ended.children(conn, level):
+            edges.setdefault(child, parent)
         if not edges:
             return
         names = {row.id: row for row in conn.execute(_causes(dialect), {"p_ids": packed(dialect, set(edges.values()))})}
@@ -1125,14 +997,9 @@ def _fail_children(conn: Connection, parents: Sequence[str]) -> None:
                 .returning(Job.c.id, Job.c.project_id, Job.c.batch_id, Job.c.kind, Job.c.finished_at)
             ).one_or_none()
             if row is not None:
-                _ended(conn, [row[:4]], state, row.finished_at, error=error)
+                ended.tell(conn, [row[:4]], state, row.finished_at, error=error)
                 next_level.append(child)
         level = next_level
-
-
-@cache
-def _edges(dialect: str) -> Any:
-    return select(Dependency.c.job_id, Dependency.c.parent_id).where(among_given(dialect, Dependency.c.parent_id, "p_ids"))
 
 
 @cache
@@ -1234,17 +1101,17 @@ def cancel_jobs(conn: Connection, ids: Sequence[str]) -> dict[str, int]:
     Returns:
         ``{"cancelled": n, "requested": n}``.
     """
-    ended, requested = 0, 0
+    cancelled, requested = 0, 0
     dialect = conn.dialect.name
     for chunk in _chunks(sorted(ids)):
         some = {"p_ids": packed(dialect, chunk)}
         rows = conn.execute(_cancelled(dialect), some).all()
         requested += conn.execute(_asked(dialect), some).rowcount
         if rows:
-            _ended(conn, [row[:4] for row in rows], JobState.CANCELLED, max(row.finished_at for row in rows))
+            ended.tell(conn, [row[:4] for row in rows], JobState.CANCELLED, max(row.finished_at for row in rows))
             _fail_children(conn, [r.id for r in rows])
-        ended += len(rows)
-    return {"cancelled": ended, "requested": requested}
+        cancelled += len(rows)
+    return {"cancelled": cancelled, "requested": requested}
 
 
 @cache

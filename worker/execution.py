@@ -30,7 +30,8 @@ from contentfactory.jobs.spec import KindSpec, OutputRef, get_kind, put_at
 from contentfactory.settings import Settings
 from contentfactory.states import JobState, Priority
 from db import counters, jobs, lifecycle, limits, retention
-from db.lifecycle import Claimed, NewArtifact, Stop, Success
+from db.ended import NewArtifact
+from db.lifecycle import Claimed, Stop, Success
 from db.session import Database
 from db.waiting import Front
 from producer.dispatch import Dispatcher

@@ -11,7 +11,8 @@ from contentfactory.ids import new_id
 from contentfactory.jobs.spec import get_kind
 from contentfactory.states import JobState
 from db import batches, counters, jobs, lifecycle, measurements, migrate, projects, waiting
-from db.lifecycle import NewArtifact, Stop, Success
+from db.ended import NewArtifact
+from db.lifecycle import Stop, Success
 from db.models import Artifact, Attempt, Batch, Event, Job, Mark, MicroBatch, Share
 from db.session import now
 from producer.publish import BANDS, band

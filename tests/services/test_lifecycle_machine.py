@@ -29,7 +29,8 @@ from sqlalchemy.exc import IntegrityError
 from contentfactory.jobs.spec import get_kind
 from contentfactory.states import TERMINAL, TRANSITIONS, JobState
 from db import batches, counters, lifecycle, migrate, projects, waiting
-from db.lifecycle import NewArtifact, NewJob, Stop, Success
+from db.ended import NewArtifact
+from db.lifecycle import NewJob, Stop, Success
 from db.models import Artifact, Attempt, Base, Batch, Event, Job, Mark, MicroBatch
 from db.session import Database
 

@@ -11,7 +11,8 @@ from contentfactory.ids import new_id
 from contentfactory.settings import load_settings
 from contentfactory.states import JobState
 from db import batches, counters, jobs, lifecycle, migrate, registry, retention
-from db.lifecycle import NewArtifact, Stop, Success
+from db.ended import NewArtifact
+from db.lifecycle import Stop, Success
 from db.models import Artifact, Batch, DoomedObject, Event, Job, MicroBatch, ModelVersion
 from db.session import now
 from producer.enqueue import Producer

@@ -17,7 +17,8 @@ from contentfactory.jobs.spec import get_kind
 from contentfactory.settings import load_settings
 from contentfactory.states import JobState
 from db import lifecycle, measurements
-from db.lifecycle import NewArtifact, Stop, Success
+from db.ended import NewArtifact
+from db.lifecycle import Stop, Success
 from db.models import Job
 from producer import tracing
 from producer.metrics import STALLED_S, Metrics

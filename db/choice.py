@@ -9,7 +9,7 @@ from sqlalchemy import Connection, bindparam
 
 from contentfactory.jobs.spec import get_kind
 from contentfactory.states import Priority
-from db import limits, waiting, warm
+from db import limits, prepared, waiting, warm
 from db.session import upsert
 from db.tables import Mark, Share
 
@@ -141,16 +141,17 @@ def charge(conn: Connection, queue: str, virtual: Mapping[str, float], clock: fl
     """Note the virtual time at which projects stand now, seconds, and where the queue's clock stands if that has moved."""
     rows = [{"p_queue": queue, "p_project": project, "p_seconds": virtual[project]} for project in sorted(virtual)]
     if clock is not None and len(rows) == 1 and conn.dialect.name == "postgresql":
-        conn.execute(_charged_and_marked(), {**rows[0], "p_name": waiting.clock_name(queue), "p_value": clock})
+        prepared.rows(conn, _charged_and_marked(), {**rows[0], "p_name": waiting.clock_name(queue), "p_value": clock})
         return
-    conn.execute(_charged(conn.dialect.name), rows)
+    for row in rows:
+        prepared.rows(conn, _charged(conn.dialect.name), row)
     if clock is not None:
         set_clock(conn, queue, clock)
 
 
 def set_clock(conn: Connection, queue: str, virtual_seconds: float) -> None:
     """Move a queue's virtual clock."""
-    conn.execute(_marked(conn.dialect.name), {"p_name": waiting.clock_name(queue), "p_value": virtual_seconds})
+    prepared.rows(conn, _marked(conn.dialect.name), {"p_name": waiting.clock_name(queue), "p_value": virtual_seconds})
 
 
 @cache

@@ -13,6 +13,7 @@ from sqlalchemy import Connection, select
 
 from contentfactory.fastjson import dumps_ids
 from contentfactory.states import JobState
+from db import prepared
 from db.session import upsert
 from db.sql import among_given, dumps, insert_rows, insertion, packed
 from db.tables import Artifact, BatchDelta, Dependency, Event, MicroBatch
@@ -79,7 +80,7 @@ def leave(conn: Connection, artifacts: Sequence[tuple[Any, ...]], micro_batches:
         [ran_in], [event] = micro_batches, told
         known = {**ran_in, "phases": dumps(ran_in["phases"]) if ran_in["phases"] else None}
         values = (*(known[name] for name in MICRO_BATCH), *event, *(artifacts[0] if one else ()), packed(dialect, parents))
-        return list(conn.exec_driver_sql(_left(one), values).scalars())
+        return [row[0] for row in prepared.run(conn, _left(one), values)]
     if micro_batches:
         conn.execute(_micro_batches(dialect), list(micro_batches))
     insert_rows(conn, Event, EVENT, told)
@@ -103,7 +104,7 @@ def _micro_batches(dialect: str) -> Any:
 def children(conn: Connection, parents: Sequence[str]) -> list[tuple[str, str]]:
     """Who waits for these jobs: pairs of child and parent."""
     dialect = conn.dialect.name
-    return [(row[0], row[1]) for row in conn.execute(_edges(dialect), {"p_ids": packed(dialect, parents)})]
+    return prepared.rows(conn, _edges(dialect), {"p_ids": packed(dialect, parents)})
 
 
 @cache

@@ -7,6 +7,7 @@ from typing import Any
 from sqlalchemy import Connection, RowMapping, and_, bindparam, case, func, literal, null, or_, select, tuple_
 
 from contentfactory.states import TERMINAL, JobState
+from db import prepared
 from db.models import Artifact, Attempt, Dependency, Event, Job, MicroBatch
 from db.places import listed
 from db.sql import among, among_given, has_state, packed, was
@@ -37,10 +38,10 @@ def get(conn: Connection, project_id: str, job_id: str) -> RowMapping | None:
 def states(conn: Connection, job_ids: Sequence[str]) -> dict[str, JobState]:
     """State of each job that exists."""
     if len(job_ids) == 1:  # one plan for all, which PostgreSQL makes for a list each time anew
-        rows = conn.execute(_STATE, {"p_id": job_ids[0]})
+        rows = prepared.rows(conn, _STATE, {"p_id": job_ids[0]})
     else:
-        rows = conn.execute(select(Job.id, Job.state).where(among(conn, Job.id, job_ids)))
-    return {row.id: JobState(row.state) for row in rows}
+        rows = list(conn.execute(select(Job.id, Job.state).where(among(conn, Job.id, job_ids))))
+    return {job_id: JobState(state) for job_id, state in rows}
 
 
 _STATE = select(Job.id, Job.state).where(Job.id == bindparam("p_id"))

@@ -29,10 +29,11 @@ from sqlalchemy import (
 )
 
 from contentfactory.errors import DependencyFailed, TransientError
+from contentfactory.fastjson import dumps_ascii
 from contentfactory.ids import new_id
 from contentfactory.jobs.spec import RetryPolicy, get_kind
 from contentfactory.states import TERMINAL, BatchState, JobState
-from db import ended, waiting
+from db import ended, prepared, waiting
 from db.choice import Hint, Room, charge, choose
 from db.ended import NewArtifact
 from db.places import any_of
@@ -43,6 +44,7 @@ from db.sql import (
     dumps,
     has_state,
     insert_rows,
+    insertion,
     packed,
     packed_rows,
     rows_given,
@@ -110,6 +112,8 @@ class Success:
     result_key: str | None = None
     reused_from: str | None = None
     phases: Mapping[str, float] = field(default_factory=dict)
+    claimed: "Claimed | None" = None
+    """The job as it was claimed, where the caller has it: nothing of it is asked for again then."""
 
 
 @dataclass(slots=True)
@@ -142,6 +146,8 @@ class Claimed:
     created_at: float
     dispatched_at: float | None
     started_at: float
+    micro_batch: int | None
+    group_size: int
 
 
 def _chunks(items: Sequence[Any], size: int = CHUNK) -> Iterable[Sequence[Any]]:
@@ -154,7 +160,7 @@ _CLOCK = select(now())
 
 def database_time(conn: Connection) -> float:
     """The database's clock, unix seconds."""
-    return float(conn.execute(_CLOCK).scalar_one())
+    return float(prepared.scalars(conn, _CLOCK)[0])
 
 
 # --- accept ---------------------------------------------------------------------------------------------------------
@@ -270,10 +276,12 @@ def _lock_parents(conn: Connection, ids: set[str]) -> dict[str, str]:
 
 
 def _insert_new(conn: Connection, table: Any, rows: list[dict[str, Any]]) -> set[str]:
-    rows = [{k: json.loads(v) if k in ("params", "labels") else v for k, v in row.items()} for row in rows]
     if len(rows) == 1:
-        # What a single submit writes: one statement for all of them.
-        return set(conn.execute(_insert_one(conn.dialect.name, table), rows[0]).scalars().all())
+        # What a single submit writes.
+        [row] = rows
+        values = [_ascii(v) if k in _JSON else v for k, v in row.items()]
+        return {found[0] for found in prepared.run(conn, _insert_one(conn.dialect.name, table, tuple(row)), values)}
+    rows = [{k: json.loads(v) if k in _JSON else v for k, v in row.items()} for row in rows]
     new: set[str] = set()
     # The number of variables in one statement is bounded on SQLite (32,766) and PostgreSQL (65,535).
     for chunk in _chunks(rows, max(1, 20_000 // max(1, len(rows[0]) if rows else 1))):
@@ -285,10 +293,17 @@ def _insert_new(conn: Connection, table: Any, rows: list[dict[str, Any]]) -> set
     return new
 
 
+_JSON = ("params", "labels")
+
+
+def _ascii(text_: str) -> str:
+    """JSON with escapes for all that is not ASCII: a column takes halves of a surrogate pair in no other form."""
+    return text_ if text_.isascii() else dumps_ascii(json.loads(text_))
+
+
 @cache
-def _insert_one(dialect: str, table: Any) -> Any:
-    statement = upsert(dialect, table).on_conflict_do_nothing()
-    return statement.returning(Job.c.id if table is Job else table.c.job_id)
+def _insert_one(dialect: str, table: Any, columns: tuple[str, ...]) -> str:
+    return f"{insertion(dialect, table, columns)} ON CONFLICT DO NOTHING RETURNING {'id' if table is Job else 'job_id'}"
 
 
 def add_event(conn: Connection, type_: str, *, project_id: str | None = None, batch_id: str | None = None,
@@ -348,7 +363,7 @@ def dispatch(conn: Connection, queue: str, *, cap_s: float, max_jobs: int = 4096
         return []
     dialect, at = conn.dialect.name, float(look.at)
     ids = packed(dialect, (i for hint in chosen.hints for i in hint.ids))
-    marked = set(conn.execute(_dispatched(dialect), {"p_ids": ids, "p_at": at}).scalars().all())
+    marked = set(prepared.scalars(conn, _dispatched(dialect), {"p_ids": ids, "p_at": at}))
     chosen.save(conn)
     out = []
     for hint in chosen.hints:
@@ -407,7 +422,7 @@ def _turn(conn: Connection, queue: str, *, patient: bool) -> bool:
     if conn.dialect.name != "postgresql":
         return True
     lock = "pg_advisory_xact_lock" if patient else "pg_try_advisory_xact_lock"
-    return conn.execute(statement_text(f"SELECT {lock}(hashtext(:name))"), {"name": f"dispatch:{queue}"}).scalar() is not False
+    return prepared.scalars(conn, statement_text(f"SELECT {lock}(hashtext(:name))"), {"name": f"dispatch:{queue}"})[0] is not False
 
 
 @cache
@@ -457,7 +472,7 @@ _CLAIMED = (
     Job.c.id, Job.c.attempt, Job.c.project_id, Job.c.batch_id, Job.c.custom_id, Job.c.kind, Job.c.queue, Job.c.params, Job.c.model,
     Job.c.seed, Job.c.reuse, Job.c.seconds, Job.c.priority, Job.c.created_at, Job.c.dispatched_at, Job.c.started_at,
 )  # fmt: skip
-"""Columns of `Claimed`, in its order."""
+"""Columns of `Claimed`, in its order, without those that say who was claimed together."""
 
 
 def claim(conn: Connection, ids: Sequence[str], worker: str, lease_s: float, kind: str | None = None, *,
@@ -479,9 +494,10 @@ def claim(conn: Connection, ids: Sequence[str], worker: str, lease_s: float, kin
     dialect = conn.dialect.name
     values = {"p_ids": packed(dialect, ids), "p_worker": worker, "p_lease_s": lease_s, "p_n": len(ids), "p_kind": kind, "p_at": dispatched_at}
     # Not out of ``random``: a runner that seeds that for each of its jobs would make the same numbers again.
-    values["p_micro_batch"] = secrets.randbits(62)
-    statement = _claim(dialect, kind is not None, dispatched_at is not None)
-    claimed = {row[0]: Claimed(*row) for row in conn.execute(statement, values).all()}
+    values["p_micro_batch"] = micro_batch = secrets.randbits(62)
+    found: list[Any] = prepared.rows(conn, _claim(dialect, kind is not None, dispatched_at is not None), values)
+    size = len(found)
+    claimed = {row[0]: Claimed(*(*row, micro_batch, size)) for row in found}
     if len(claimed) < len(ids):
         # A hint of a paused job is used up: the row waits in SQL again.
         rest = [i for i in ids if i not in claimed]
@@ -522,7 +538,7 @@ def _held() -> ColumnElement[bool]:
 
 def claimed_by(conn: Connection, ids: Sequence[str], worker: str) -> list[Claimed]:
     """Those of the jobs that this worker holds already: what a claim took whose answer was lost."""
-    query: Any = select(*_CLAIMED).where(among(conn, Job.c.id, ids), was(JobState.RUNNING), Job.c.lease_owner == worker)
+    query: Any = select(*_CLAIMED, Job.c.micro_batch, Job.c.group_size).where(among(conn, Job.c.id, ids), was(JobState.RUNNING), Job.c.lease_owner == worker)
     return [Claimed(*row) for row in conn.execute(query.order_by(Job.c.id)).all()]
 
 
@@ -553,12 +569,12 @@ def heartbeat(conn: Connection, held: Mapping[tuple[str, int], tuple[float | Non
     alive: dict[tuple[str, int], bool] = {}
     dialect = conn.dialect.name
     for attempt, ids in _by_attempt(held).items():
-        found = conn.execute(_looked_after(dialect), {"p_ids": packed(dialect, ids), "p_attempt": attempt}).all()
+        found = prepared.rows(conn, _looked_after(dialect), {"p_ids": packed(dialect, ids), "p_attempt": attempt})
         alive.update({(row[0], attempt): row[1] for row in found})
         aged = [row[0] for row in found if row[2] is None or row[2] < lease_s * 2 / 3]
         if aged:
-            renewed = conn.execute(_renewed(dialect), {"p_ids": packed(dialect, aged), "p_attempt": attempt, "p_lease_s": lease_s})
-            for job_id in set(aged) - set(renewed.scalars()):
+            renewed = prepared.scalars(conn, _renewed(dialect), {"p_ids": packed(dialect, aged), "p_attempt": attempt, "p_lease_s": lease_s})
+            for job_id in set(aged) - set(renewed):
                 alive.pop((job_id, attempt))  # it ended between the two statements
     told = [
         {"p_job": key[0], "p_attempt": key[1], "p_progress": progress, "p_message": (message or "")[:500] or None}
@@ -630,7 +646,7 @@ def finish(conn: Connection, results: Sequence[Success], worker: str | None = No
     dialect = conn.dialect.name
     owners: dict[str, str | None] = {}
     if worker is None:
-        owners = {row.id: row.lease_owner for row in conn.execute(_owners(dialect), {"p_ids": packed(dialect, [r.job_id for r in results])})}
+        owners = dict(prepared.rows(conn, _owners(dialect), {"p_ids": packed(dialect, [r.job_id for r in results])}))
     by_attempt: dict[int, list[Success]] = defaultdict(list)
     for result in results:
         by_attempt[result.attempt].append(result)
@@ -639,11 +655,13 @@ def finish(conn: Connection, results: Sequence[Success], worker: str | None = No
         fence = {"p_ids": packed(dialect, [r.job_id for r in some]), "p_attempt": attempt}
         keyed = any(r.result_key or r.reused_from for r in some)
         kept = packed_rows(dialect, "p_keyed", _KEYS, [(r.job_id, r.result_key, r.reused_from) for r in some]) if keyed else {}
-        hit = {row[0]: row for row in conn.execute(_succeeded(dialect, keyed), {**fence, **kept}).all()}
+        known = all(r.claimed for r in some)
+        found = prepared.rows(conn, _succeeded(dialect, keyed, known), {**fence, **kept})
+        hit = {row[0]: row for row in (_as_claimed(some, dict(found)) if known else found)}
         done.update(hit)
         published += some if len(hit) == len(some) else [r for r in some if r.job_id in hit]
         if len(hit) < len(some):
-            for job_id in conn.execute(_asked_to_stop(dialect), fence).scalars().all():
+            for job_id in prepared.scalars(conn, _asked_to_stop(dialect), fence):
                 stop(conn, Stop(job_id, attempt, {"type": "cancelled", "code": "cancelled", "message": "cancelled while it ran"}))
     if not done:
         return []
@@ -654,7 +672,6 @@ def finish(conn: Connection, results: Sequence[Success], worker: str | None = No
     attempts: list[tuple[Any, ...]] = []
     groups: dict[int, dict[str, Any]] = {}
     for r in published:
-        # By their places: a name costs a row of SQLAlchemy's as much as all else that is done with it here.
         job_id, project_id, _, kind, queue, seed, model, size, micro_batch, started_at, finished_at = done[r.job_id]
         made = [ended.artifact_row(new_id("art"), n, a, job_id, r.attempt, project_id, seed, model, at) for n, a in enumerate(r.artifacts)]
         artifacts += made
@@ -691,13 +708,21 @@ _FINISHED_AT = 10
 """Place of that column in what `_succeeded` returns."""
 
 
+def _as_claimed(results: Sequence[Success], finished: Mapping[str, float]) -> list[tuple[Any, ...]]:
+    """What `_succeeded` would return, of those that finished, but for when they did."""
+    return [
+        (c.id, c.project_id, c.batch_id, c.kind, c.queue, c.seed, c.model, c.group_size, c.micro_batch, c.started_at, finished[c.id])
+        for r in results if (c := r.claimed) and c.id in finished
+    ]  # fmt: skip
+
+
 @cache
-def _succeeded(dialect: str, keyed: bool) -> Any:
+def _succeeded(dialect: str, keyed: bool, known: bool) -> Any:
     values: dict[str, Any] = {
         "state": JobState.SUCCEEDED, "finished_at": now(), "progress": 1.0, "message": None, "error": null(), "lease_owner": None,
         "lease_until": None,
     }  # fmt: skip
-    columns = (
+    columns = (Job.c.id, Job.c.finished_at) if known else (
         Job.c.id, Job.c.project_id, Job.c.batch_id, Job.c.kind, Job.c.queue, Job.c.seed, Job.c.model, Job.c.group_size, Job.c.micro_batch,
         Job.c.started_at, Job.c.finished_at,
     )  # fmt: skip
@@ -778,7 +803,7 @@ def _refuse_marked(conn: Connection, keys: Collection[str], jobs: Sequence[str])
     if not keys:
         return
     dialect = conn.dialect.name
-    newest = conn.execute(_newest_mark(dialect), {"p_keys": packed(dialect, keys)}).one_or_none()
+    newest = prepared.one(conn, _newest_mark(dialect), {"p_keys": packed(dialect, keys)})
     if newest is None:
         return
     begun = conn.execute(select(func.min(Job.c.started_at)).where(among(conn, Job.c.id, jobs))).scalar() if jobs else None

@@ -14,6 +14,7 @@ from typing import Any
 
 from sqlalchemy import Connection, bindparam, select
 
+from db import prepared
 from db.models import GroupLimit, Worker
 from db.session import now, upsert
 from db.sql import among_given, packed
@@ -244,7 +245,7 @@ def caps(conn: Connection, queue: str, share_keys: Iterable[str], at: float, wor
         ``share_key`` → most jobs, for those that have a bound.
     """
     dialect = conn.dialect.name
-    rows = conn.execute(_bounds(dialect), {"p_keys": packed(dialect, share_keys)}).all()
+    rows = prepared.named(conn, _bounds(dialect), {"p_keys": packed(dialect, share_keys)})
     if not rows:
         return {}
     live = conn.execute(select(Worker.device, Worker.queues).where(Worker.seen_at > at - worker_seen_s)).all()

@@ -42,7 +42,8 @@ def _now_sqlite(element: Any, compiler: Any, **kw: Any) -> str:
 
 @compiles(now, "postgresql")
 def _now_postgresql(element: Any, compiler: Any, **kw: Any) -> str:
-    return "extract(epoch from clock_timestamp())::double precision"
+    # As date_part: extract would go by way of a decimal, for each row that is written.
+    return "date_part('epoch', clock_timestamp())"
 
 
 def insert_for(conn: Connection, table: Any) -> Any:
@@ -105,6 +106,8 @@ class Database:
             event.listen(self.engine, "checkout", _ping_if_idle)
         else:
             raise ConfigError(f"database_url names {backend!r}; allowed: sqlite, postgresql", param="database_url")
+        driver: Any = self.engine.dialect.dbapi
+        self._faults = (OperationalError, InterfaceError, driver.OperationalError, driver.InterfaceError)
         self._reader = self.engine if self.sqlite else self.engine.execution_options(isolation_level="AUTOCOMMIT")
 
     @contextmanager
@@ -119,7 +122,7 @@ class Database:
             raise RuntimeError("a write transaction was opened inside another one of the same thread")
         self._thread.writing = True
         try:
-            with self._turn.taken() if self._turn else nullcontext(), _mapped(), self.engine.connect() as connection:
+            with self._turn.taken() if self._turn else nullcontext(), self._mapped(), self.engine.connect() as connection:
                 connection.execution_options(factory_begin="IMMEDIATE")
                 with connection.begin():
                     yield connection
@@ -139,7 +142,7 @@ class Database:
         Raises:
             ServiceUnavailable: If the database cannot be reached.
         """
-        with _mapped(), (self.engine if transaction else self._reader).connect() as connection, connection.begin():
+        with self._mapped(), (self.engine if transaction else self._reader).connect() as connection, connection.begin():
             yield connection
 
     def run(self, work: Callable[[Connection], T], tries: int = 5) -> T:
@@ -159,6 +162,19 @@ class Database:
                     raise
                 time.sleep(random.uniform(0.02, 0.1) * (tries - left))
         raise AssertionError("unreachable")
+
+    @contextmanager
+    def _mapped(self) -> Iterator[None]:
+        """Map connection faults, SQLAlchemy's and the driver's own, to ours; programming errors pass as they are."""
+        try:
+            yield
+        except self._faults as error:
+            told = str(getattr(error, "orig", error))[:300]
+            raise ServiceUnavailable(f"the database did not answer: {told}", code="database_unavailable") from error
+        except DBAPIError as error:
+            if error.connection_invalidated:
+                raise ServiceUnavailable("the connection to the database was lost", code="database_unavailable") from error
+            raise
 
     def check(self) -> None:
         """Ask the database for an answer.
@@ -248,19 +264,6 @@ def _take(handle: int) -> bool:
             pause = min(pause * 1.5, 0.002)
         except OSError:
             return False
-
-
-@contextmanager
-def _mapped() -> Iterator[None]:
-    """Map the driver's connection faults to ours; programming errors pass as they are."""
-    try:
-        yield
-    except (OperationalError, InterfaceError) as error:
-        raise ServiceUnavailable(f"the database did not answer: {str(error.orig)[:300]}", code="database_unavailable") from error
-    except DBAPIError as error:
-        if error.connection_invalidated:
-            raise ServiceUnavailable("the connection to the database was lost", code="database_unavailable") from error
-        raise
 
 
 def _set_up(connection: Any, record: Any) -> None:

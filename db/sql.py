@@ -25,14 +25,21 @@ from sqlalchemy.dialects.postgresql import ARRAY
 
 from contentfactory.fastjson import dumps
 from contentfactory.states import JobState
+from db import prepared
 from db.tables import Job
 
 COPY_FROM = 8
 """Rows from which on a COPY is worth its two further messages."""
 
+COPY_BLOCK = 512
+"""Rows that are written at once: the server reads some while the next are put together."""
+
 _ARRAY = ARRAY(String)
 _PLAIN = re.compile(r"[\w./:@,-]+", re.ASCII)
 """Values that an array's text takes as they are, with their commas; our ids and keys are made of these."""
+_ESCAPES = {"\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\r"}
+_SPECIAL = re.compile(r"[\\\t\n\r]")
+"""What COPY's text marks the ends of values and rows with, or reads as the beginning of an escape."""
 _NONE = "-"
 """Stands for nothing in an array of text: what is empty would have to be quoted."""
 _FLYING = (JobState.DISPATCHED, JobState.RUNNING)
@@ -140,14 +147,34 @@ def insert_rows(
     if conn.dialect.name == "postgresql" and len(rows) >= COPY_FROM and not replacing:
         cursor: Any = conn.connection.cursor()
         with cursor, cursor.copy(f"COPY {table.name} ({', '.join(columns)}) FROM STDIN") as copy:
-            for row in rows:
-                copy.write_row(row)
+            for start in range(0, len(rows), COPY_BLOCK):
+                copy.write(_copied(rows[start : start + COPY_BLOCK]))
         return
     conflict = ""
     if replacing:
         rest = ", ".join(f"{name} = excluded.{name}" for name in columns if name not in replacing)
         conflict = f" ON CONFLICT ({', '.join(replacing)}) DO UPDATE SET {rest}"
-    conn.exec_driver_sql(insertion(conn.dialect.name, table, columns) + conflict, list(rows))
+    prepared.run_many(conn, insertion(conn.dialect.name, table, columns) + conflict, rows)
+
+
+def _copied(rows: Sequence[tuple[Any, ...]]) -> str:
+    """Rows as COPY's text. By columns: most of them hold the same value throughout, or ids, which need no look at each of them."""
+    return "\n".join(map("\t".join, zip(*map(_column, zip(*rows, strict=True)), strict=True))) + "\n"
+
+
+def _column(values: tuple[Any, ...]) -> Sequence[str]:
+    kinds = set(map(type, values))
+    if len(kinds) == 1 and values.count(values[0]) == len(values):
+        return [_cell(values[0])] * len(values)
+    if kinds == {str} and not _SPECIAL.search("".join(values)):
+        return values
+    return list(map(_cell, values))
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "\\N"
+    return _SPECIAL.sub(lambda found: _ESCAPES[found[0]], str(value)) if isinstance(value, str) else str(value)
 
 
 def insertion(dialect: str, table: Any, columns: Sequence[str]) -> str:

@@ -5,12 +5,13 @@ from collections import Counter, deque
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 from sqlalchemy import Connection, String, and_, bindparam, cast, func, literal, or_, select, text, tuple_
 
 from contentfactory.jobs.spec import get_kind
 from contentfactory.states import BatchState, JobState
+from db import prepared
 from db.session import BINARY, now
 from db.sql import among_given, has_state, packed
 from db.tables import Batch, Job, Mark, Project, Queue, Share, Worker
@@ -18,7 +19,7 @@ from db.tables import Batch, Job, Mark, Project, Queue, Share, Worker
 
 def queues_with_work(conn: Connection) -> list[str]:
     """Queues that have queued jobs."""
-    return list(conn.execute(_QUEUES).scalars())
+    return prepared.scalars(conn, _QUEUES)
 
 
 def _skipping(column: str, among: str, order: str, but: str = "") -> Any:
@@ -44,11 +45,27 @@ Front = tuple[int, int, str]
 """Where a project's queue begins: band, rank and id of a job before which none of its jobs waits."""
 HELD_BATCHES = select(Batch.c.id).where(Batch.c.finished_at.is_(None), or_(Batch.c.paused, Batch.c.state == BatchState.CANCELLING))
 PAUSED_PROJECTS = select(Project.c.id).where(Project.c.paused)
+
+
+class Queued(NamedTuple):
+    """A row of `_QUEUED` by its values' names: made of the few that are next, since it takes longer than the row."""
+
+    id: str
+    kind: str
+    priority: int
+    share_key: str
+    seconds: float
+    group_limit: int
+    created_at: float
+    run_after: float
+    model: str | None
+    attempt: int
+    band: int
+    rank: int
+
+
 _QUEUED = (
-    select(
-        Job.c.id, Job.c.kind, Job.c.priority, Job.c.share_key, Job.c.seconds, Job.c.group_limit, Job.c.created_at, Job.c.run_after,
-        Job.c.model, Job.c.attempt, Job.c.band, Job.c.rank,
-    )
+    select(*(Job.c[name] for name in Queued._fields))
     .where(has_state(JobState.QUEUED), Job.c.queue == bindparam("p_queue"), Job.c.project_id == bindparam("p_project"))
     .where(Job.c.run_after <= bindparam("p_at"), or_(Job.c.batch_id.is_(None), Job.c.batch_id.not_in(HELD_BATCHES)))
     .order_by(Job.c.band, Job.c.rank, Job.c.id)
@@ -57,7 +74,6 @@ _QUEUED = (
 )  # fmt: skip
 """A project's waiting jobs in their order."""
 _ID, _PRIORITY, _SHARE_KEY, _SECONDS, _GROUP_LIMIT = 0, 2, 3, 4, 5
-"""Columns of that: names cost a row of SQLAlchemy's as much as all else that is done with it."""
 _QUEUED_FROM = _QUEUED.where(tuple_(Job.c.band, Job.c.rank, Job.c.id) >= tuple_(bindparam("p_band"), bindparam("p_rank"), bindparam("p_id")))
 """Those from a front on. What has left stands in PostgreSQL's index until it is vacuumed, and every look from the beginning passes over it."""
 _IN_BROKER = (
@@ -91,12 +107,12 @@ _IN_FLIGHT = (
 
 def look(conn: Connection, queue: str, worker_seen_s: float) -> Any:
     """A queue in one round trip: time (``at``), ``paused``, ``seconds`` and ``jobs`` in the broker, live ``workers``, its virtual ``clock``."""
-    return conn.execute(_LOOK, {"queue": queue, "seen_s": worker_seen_s, "serves": f'%"{queue}"%', "clock": clock_name(queue)}).one()
+    return prepared.one(conn, _LOOK, {"queue": queue, "seen_s": worker_seen_s, "serves": f'%"{queue}"%', "clock": clock_name(queue)})
 
 
 def glance(conn: Connection, queue: str, worker_seen_s: float) -> Any:
     """As `look`, for who knows that nothing is on the broker: that is not counted."""
-    return conn.execute(_GLANCE, {"queue": queue, "seen_s": worker_seen_s, "serves": f'%"{queue}"%', "clock": clock_name(queue)}).one()
+    return prepared.one(conn, _GLANCE, {"queue": queue, "seen_s": worker_seen_s, "serves": f'%"{queue}"%', "clock": clock_name(queue)})
 
 
 _AT_WORK = select(func.count(Job.c.lease_owner.distinct())).where(
@@ -106,7 +122,7 @@ _AT_WORK = select(func.count(Job.c.lease_owner.distinct())).where(
 
 def at_work(conn: Connection, queue: str, within_s: float = TAKING_S) -> int:
     """Workers that run a job of this queue which began so few seconds ago."""
-    return int(conn.execute(_AT_WORK, {"queue": queue, "within_s": within_s}).scalar_one())
+    return int(prepared.scalars(conn, _AT_WORK, {"queue": queue, "within_s": within_s})[0])
 
 
 _IDLE = (
@@ -127,7 +143,7 @@ def idle(conn: Connection, queue: str, project_id: str) -> Any:
 
     None where anything is on the broker or waits, where the queue or the project is paused, or where the queue has no clock yet.
     """
-    return conn.execute(_IDLE, {"queue": queue, "project": project_id, "clock": clock_name(queue)}).one_or_none()
+    return prepared.one(conn, _IDLE, {"queue": queue, "project": project_id, "clock": clock_name(queue)})
 
 
 def clock_name(queue: str) -> str:
@@ -135,10 +151,10 @@ def clock_name(queue: str) -> str:
     return f"clock:{queue}"
 
 
-def shares(conn: Connection, queue: str, projects: Iterable[str]) -> Sequence[Any]:
-    """Weight and virtual time (None where it has none yet) of each project."""
+def shares(conn: Connection, queue: str, projects: Iterable[str]) -> Sequence[tuple[str, float, float | None]]:
+    """Id, weight and virtual time (None where it has none yet) of each project."""
     dialect = conn.dialect.name
-    return conn.execute(_shares_of(dialect), {"p_queue": queue, "p_projects": packed(dialect, projects)}).all()
+    return prepared.rows(conn, _shares_of(dialect), {"p_queue": queue, "p_projects": packed(dialect, projects)})
 
 
 @cache
@@ -155,7 +171,7 @@ _FURTHEST = select(func.max(Share.c.virtual_seconds)).where(Share.c.queue == bin
 
 def in_flight(conn: Connection, queue: str) -> dict[str, float]:
     """Estimated compute seconds on the broker by project."""
-    return {project: float(seconds) for project, seconds in conn.execute(_IN_FLIGHT, {"queue": queue}).all()}
+    return {project: float(seconds) for project, seconds in prepared.rows(conn, _IN_FLIGHT, {"queue": queue})}
 
 
 class Fair:
@@ -175,11 +191,11 @@ class Fair:
 
     def __init__(self, conn: Connection, queue: str, candidates: Iterable[str], clock: float | None, busy: bool) -> None:
         if clock is None:
-            clock = float(conn.execute(_FURTHEST, {"queue": queue}).scalar() or 0.0)
+            clock = float(prepared.scalars(conn, _FURTHEST, {"queue": queue})[0] or 0.0)
         flying = in_flight(conn, queue) if busy else {}
-        known = {row.id: row for row in shares(conn, queue, {*candidates, *flying})}
-        self._weights = {project: max(row.weight, 1e-6) for project, row in known.items()}
-        told = {project: row.virtual_seconds for project, row in known.items() if row.virtual_seconds is not None}
+        known = shares(conn, queue, {*candidates, *flying})
+        self._weights = {project: max(weight, 1e-6) for project, weight, _ in known}
+        told = {project: seconds for project, _, seconds in known if seconds is not None}
         self._began = {p: told[p] - seconds / self._weights[p] for p, seconds in flying.items() if p in told}
         self.clock = max(clock, min(self._began.values(), default=clock))
         self.virtual = {p: told.get(p, self.clock) if p in flying else max(told.get(p, 0.0), self.clock) for p in candidates}
@@ -207,7 +223,7 @@ def spread(conn: Connection, queue: str, candidates: Mapping[str, "Waiting"], wo
         return {}
     most = for_all(candidates, workers)
     seen = sum(len(rows) for rows in candidates.values())
-    return _shares_for(candidates, workers, seen if seen >= most else int(conn.execute(_AHEAD, {"p_queue": queue, "p_most": most}).scalar_one()))
+    return _shares_for(candidates, workers, seen if seen >= most else int(prepared.scalars(conn, _AHEAD, {"p_queue": queue, "p_most": most})[0]))
 
 
 def spread_seen(candidates: Mapping[str, "Waiting"], workers: int) -> dict[str, int]:
@@ -275,12 +291,12 @@ class Waiting:
     def head(self) -> Any:
         """The row that is served next; ask whether there is one first."""
         bool(self)
-        return self._rows[self._next]
+        return Queued._make(self._rows[self._next])
 
     @property
     def front(self) -> Front:
         """Where the queue begins; behind the last row, that one's place."""
-        row = self.head if self else self._rows[-1]
+        row = Queued._make(self._rows[self._next if self else -1])
         return row.band, row.rank, row.id
 
     def measure(self, alike: Counter[str], seconds: Counter[str]) -> None:
@@ -300,7 +316,7 @@ class Waiting:
         found: list[Any] = []
         for row in islice(self._rows, self._next, None):
             if row[_ID] not in self._taken:
-                found.append(row)
+                found.append(Queued._make(row))
                 if len(found) == count:
                     break
         return found
@@ -340,7 +356,7 @@ def candidates(conn: Connection, queue: str, at: float, window: int, fronts: Map
         window: Most rows of a project.
         fronts: Projects to look at and where the queue of each begins; all projects from their beginning where there are none.
     """
-    projects = fronts or dict.fromkeys(conn.execute(_PROJECTS, {"queue": queue}).scalars().all())
+    projects = fronts or dict.fromkeys(prepared.scalars(conn, _PROJECTS, {"queue": queue}))
     if not projects:
         return {}
     per_project = max(32, min(window, 8192 // len(projects)))
@@ -349,7 +365,7 @@ def candidates(conn: Connection, queue: str, at: float, window: int, fronts: Map
         wanted: dict[str, Any] = {"p_queue": queue, "p_project": project, "p_at": at, "p_most": per_project}
         if front:
             wanted |= dict(zip(("p_band", "p_rank", "p_id"), front, strict=True))
-        rows = conn.execute(_QUEUED_FROM if front else _QUEUED, wanted).all()
+        rows = prepared.rows(conn, _QUEUED_FROM if front else _QUEUED, wanted)
         if rows:
             found[project] = Waiting(rows, len(rows) == per_project)
     return found

@@ -394,7 +394,7 @@ class Executor:
                 )
                 for r in rows
             )  # fmt: skip
-            out[member] = Success(member.claimed.id, member.claimed.attempt, copies, (), member.result_key, source)
+            out[member] = Success(member.claimed.id, member.claimed.attempt, copies, (), member.result_key, source, claimed=member.claimed)
         return out
 
     def _share(self, members: Sequence[_Member]) -> list[_Member]:
@@ -599,7 +599,7 @@ class Executor:
         keys = [m.key for m in members]
         try:
             begun = time.monotonic()
-            successes = [Success(r.job_id, r.attempt, r.artifacts, (), r.result_key, r.reused_from, phases) for r in reused.values()]
+            successes = [replace(r, phases=phases) for r in reused.values()]
             stops: list[Stop] = []
             led = {follower for member in members for follower in member.followers}
             for member in members:
@@ -729,7 +729,7 @@ class Executor:
                 stops.append(Stop(one.claimed.id, one.claimed.attempt, member.error.to_dict(), phases))
             else:
                 mine = tuple(models) if one is member else ()
-                successes.append(Success(one.claimed.id, one.claimed.attempt, tuple(artifacts), mine, one.result_key, None, phases))
+                successes.append(Success(one.claimed.id, one.claimed.attempt, tuple(artifacts), mine, one.result_key, None, phases, one.claimed))
 
     def _model_files(self, member: _Member, model: NewModel, artifacts: list[NewArtifact]) -> dict[str, Any]:
         names = {}

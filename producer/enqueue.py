@@ -209,7 +209,7 @@ class Producer:
             if media or not isinstance(one, Mapping) or any(type(value) not in _PLAIN for value in one.values()):
                 referring.add(index)
             # Nothing is kept that Python's collector would look at again and again, which took a third of the call.
-            settled = None if spec.takes_model or index in referring else (parsed.model_dump_json(), spec.share_key(parsed, None), estimate(spec, parsed))
+            settled = None if spec.takes_model or index in referring else (spec.params_json(parsed), spec.share_key(parsed, None), estimate(spec, parsed))
             checked.append(settled or parsed)
         if not checked:
             return []
@@ -227,7 +227,7 @@ class Producer:
                 self._check_artifacts(conn, project_id, one)
                 one = _pin_datasets(conn, project_id, one)
             model = pins.pin(spec, getattr(one, "model", None) if spec.takes_model else None)
-            return (one.model_dump_json(), spec.share_key(one, model), estimate(spec, one)), model, parents
+            return (spec.params_json(one), spec.share_key(one, model), estimate(spec, one)), model, parents
 
         def row(conn: Any, pins: ModelPins, index: int) -> lifecycle.NewJob:
             one = checked[index]

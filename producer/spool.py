@@ -56,7 +56,7 @@ class Spool:
         spec, parsed = line.spec, line.parsed
         known = not line.refs and not line.files and not takes_media(type(parsed)) and (model is not None or not spec.takes_model)
         seed = line.seed if line.seed is not None else stable_seed(line.custom_id, dumps_sorted(line.with_files(uploaded or {})))
-        params = parsed.model_dump_json() if known else dumps(line.with_files(uploaded or {}))
+        params = spec.params_json(parsed) if known else dumps(line.with_files(uploaded or {}))
         data = dumps([self._count, line.custom_id, spec.name, params, line.parents, line.priority, seed, line.metadata])
         key = spec.share_key(parsed, model) if known else None
         rest = dumps([estimate(spec, parsed), model, key])

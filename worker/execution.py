@@ -87,16 +87,6 @@ def pick_device(wanted: str) -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-@dataclass(slots=True)
-class _Stored:
-    """The artifact of an output whose bytes lay in the store already: nothing to wait for."""
-
-    artifact: NewArtifact
-
-    def result(self) -> NewArtifact:
-        return self.artifact
-
-
 @dataclass(eq=False, slots=True)
 class _Member:
     """One job of a micro-batch on its way through the worker."""
@@ -104,7 +94,7 @@ class _Member:
     claimed: Claimed
     resolved: Resolved | None = None
     result_key: str | None = None
-    outputs: list[tuple[Output, "Future[NewArtifact] | _Stored"]] = field(default_factory=list)
+    outputs: list["Future[NewArtifact] | NewArtifact"] = field(default_factory=list)
     models: list[NewModel] = field(default_factory=list)
     followers: list["_Member"] = field(default_factory=list)
     error: FactoryError | None = None
@@ -433,7 +423,7 @@ class Executor:
                 elif isinstance(item, NewModel):
                     member.models.append(item)
                 else:
-                    member.outputs.append((item, self._begin_upload(member, item)))
+                    member.outputs.append(self._begin_upload(member, item))
         except Exception as error:
             problem = classify(error)
             if problem.error_class == "resource":
@@ -558,13 +548,14 @@ class Executor:
 
     # --- after the runner ---
 
-    def _begin_upload(self, member: _Member, output: Output) -> "Future[NewArtifact] | _Stored":
+    def _begin_upload(self, member: _Member, output: Output) -> "Future[NewArtifact] | NewArtifact":
+        """The artifact itself where the bytes lie in the store already, and there is nothing to wait for."""
         data = output.data
         if isinstance(data, bytes) and len(data) <= INSTANT_BYTES:
             sha256 = hashlib.sha256(data).hexdigest()
             key, at = self._put.get((member.claimed.project_id, sha256, output.media_type), ("", -1e9))
             if time.monotonic() - at < self._put_s:
-                return _Stored(_artifact(member.claimed, output, member.resolved, key, sha256, len(data), "output"))
+                return _artifact(member.claimed, output, member.resolved, key, sha256, len(data), "output")
         return self.uploads.submit(self._upload, member.claimed, output, member.resolved)
 
     def _upload(self, claimed: Claimed, output: Output, resolved: Resolved | None, role: str = "output") -> NewArtifact:
@@ -713,9 +704,9 @@ class Executor:
         """One computed member and those that follow it: results if every upload arrived, the error otherwise."""
         artifacts: list[NewArtifact] = []
         models: list[dict[str, Any]] = []
-        for _, future in member.outputs:
+        for output in member.outputs:
             try:
-                artifacts.append(future.result())
+                artifacts.append(output if isinstance(output, NewArtifact) else output.result())
             except Exception as error:
                 member.error = member.error or classify(error)
         if member.error is None:

@@ -171,6 +171,15 @@ class KindSpec:
                 errors=problems,
             ) from None
 
+    def params_json(self, params: Params) -> str:
+        """Parameters as the ledger keeps them."""
+        text: bytes = self._serializer.to_json(params)
+        return text.decode()
+
+    @functools.cached_property
+    def _serializer(self) -> Any:
+        return self.params.__pydantic_serializer__  # `model_dump_json` itself takes longer than what it calls
+
     def share_key(self, params: Params, model_version: str | None) -> str:
         """What must be equal for two jobs to share a forward pass: kind, model version and the kind's own key."""
         if not self.group_key and not self.group_by:

@@ -191,7 +191,7 @@ def insert_jobs(conn: Connection, jobs: Sequence[NewJob], *, fresh: bool = False
         return 0
     created = database_time(conn)
     rank = _rank(created)
-    if fresh and all(map(_is_plain, jobs)):
+    if fresh and all(map(is_plain, jobs)):
         insert_rows(conn, Job, _PLAIN_ROW, [
             (
                 job.id, job.project_id, job.rank or rank, job.kind, job.queue, "queued", job.priority, 100 - job.priority,
@@ -223,6 +223,23 @@ def insert_jobs(conn: Connection, jobs: Sequence[NewJob], *, fresh: bool = False
     if failed:
         _fail_children(conn, failed)
     return len(new)
+
+
+def insert_alike(conn: Connection, like: NewJob, each: Iterable[tuple[str, str, str, float, int]]) -> None:
+    """Write accepted jobs with new ids that differ in little: taken as they come, while the database writes those before them.
+
+    Args:
+        conn: Connection in a write transaction.
+        like: What they have in common; it must be `is_plain`.
+        each: Id, parameters as JSON, ``share_key``, estimated compute seconds and seed of each job.
+    """
+    created = database_time(conn)
+    project_id, kind, queue, priority, reuse = like.project_id, like.kind, like.queue, like.priority, like.reuse
+    rank, band = like.rank or _rank(created), 100 - priority
+    insert_rows(conn, Job, _PLAIN_ROW, (
+        (job_id, project_id, rank, kind, queue, "queued", priority, band, params, seed, seconds, share_key, reuse, created)
+        for job_id, params, share_key, seconds, seed in each
+    ))  # fmt: skip
 
 
 def accept_alone(conn: Connection, job: NewJob) -> tuple[int, Hint | None]:
@@ -259,7 +276,7 @@ def _row(job: NewJob, state: str, waits: int, created: float, rank: int) -> tupl
     )  # fmt: skip
 
 
-def _is_plain(job: NewJob) -> bool:
+def is_plain(job: NewJob) -> bool:
     """Whether the columns of `_PLAIN_ROW` say all there is to say, as they do of most of what `submit_many` accepts."""
     return not (
         job.batch_id or job.model or job.parents or job.labels or job.line or job.custom_id or job.retry_of or job.idempotency_key

@@ -6,7 +6,7 @@ transaction of the connection that is given.
 """
 
 from collections import namedtuple
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -140,7 +140,7 @@ def _cursor(conn: Connection) -> Iterator[Any]:
         cursor.close()
 
 
-def run_many(conn: Connection, text: str, values: Sequence[Sequence[Any]]) -> None:
+def run_many(conn: Connection, text: str, values: Iterable[Sequence[Any]]) -> None:
     """Run a statement in the driver's words for each of these rows of parameters."""
     with _cursor(conn) as cursor:
         cursor.executemany(text, values)

@@ -4,6 +4,7 @@ import functools
 import json
 import re
 from collections.abc import Iterable, Sequence
+from itertools import islice
 from typing import Any
 
 from sqlalchemy import (
@@ -131,7 +132,7 @@ def has_state(*states: JobState) -> ColumnElement[bool]:
 
 
 def insert_rows(
-    conn: Connection, table: Any, columns: Sequence[str], rows: Sequence[tuple[Any, ...]], replacing: Sequence[str] = ()
+    conn: Connection, table: Any, columns: Sequence[str], rows: Iterable[tuple[Any, ...]], replacing: Sequence[str] = ()
 ) -> None:
     """Insert many rows, quickly: COPY on PostgreSQL, one prepared statement on SQLite.
 
@@ -139,16 +140,18 @@ def insert_rows(
         conn: Connection in a write transaction.
         table: Where to; of `db.tables`.
         columns: Names of the columns; all others take the database's default.
-        rows: A value for each column; JSON as text.
+        rows: A value for each column; JSON as text. Of an iterator, which is taken for long, some are sent before the last are there.
         replacing: Columns of a unique key: a row that has the same values there is replaced.
     """
-    if not rows:
+    count = len(rows) if isinstance(rows, Sequence) else None
+    if count == 0:
         return
-    if conn.dialect.name == "postgresql" and len(rows) >= COPY_FROM and not replacing:
+    if conn.dialect.name == "postgresql" and not replacing and (count is None or count >= COPY_FROM):
         cursor: Any = conn.connection.cursor()
         with cursor, cursor.copy(f"COPY {table.name} ({', '.join(columns)}) FROM STDIN") as copy:
-            for start in range(0, len(rows), COPY_BLOCK):
-                copy.write(_copied(rows[start : start + COPY_BLOCK]))
+            coming = iter(rows)
+            while block := list(islice(coming, COPY_BLOCK)):
+                copy.write(_copied(block))
         return
     conflict = ""
     if replacing:

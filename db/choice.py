@@ -173,3 +173,19 @@ def _marked(dialect: str) -> Any:
 def _charged_and_marked() -> Any:
     """Both in one round trip: a queue is mostly served one project at a time, and whoever is next waits for it."""
     return _charged("postgresql").add_cte(_marked("postgresql").cte("marked"))
+
+
+CHARGED = """\
+charged AS (
+INSERT INTO shares (queue, project_id, virtual_seconds) SELECT %s, %s, CAST(%s AS DOUBLE PRECISION) FROM {by}
+ON CONFLICT (queue, project_id) DO UPDATE SET virtual_seconds = excluded.virtual_seconds
+), marked AS (
+INSERT INTO marks (name, value) SELECT %s, CAST(%s AS DOUBLE PRECISION) FROM {by} WHERE CAST(%s AS BOOLEAN)
+ON CONFLICT (name) DO UPDATE SET value = excluded.value
+)"""
+"""The same as parts of another statement of PostgreSQL's, which charges only where its part ``by`` has a row."""
+
+
+def charged(queue: str, project_id: str, virtual_seconds: float, clock: float, moved: bool) -> tuple[Any, ...]:
+    """Values for `CHARGED`: where the project stands, and the queue's clock if that has ``moved``."""
+    return queue, project_id, virtual_seconds, waiting.clock_name(queue), clock, moved

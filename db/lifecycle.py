@@ -34,7 +34,7 @@ from contentfactory.ids import new_id
 from contentfactory.jobs.spec import RetryPolicy, get_kind
 from contentfactory.states import TERMINAL, BatchState, JobState
 from db import ended, prepared, waiting
-from db.choice import Hint, Room, charge, choose
+from db.choice import CHARGED, Hint, Room, charge, charged, choose
 from db.ended import NewArtifact
 from db.places import any_of
 from db.session import BINARY, insert_for, now, upsert
@@ -254,11 +254,19 @@ def accept_alone(conn: Connection, job: NewJob) -> tuple[int, Hint | None]:
     if idle is None:
         return insert_jobs(conn, [job]), None
     at, begins = float(idle.at), max(idle.virtual_seconds or 0.0, idle.clock)
-    row = dict(zip(_ROW, _row(job, "dispatched", 0, at, _rank(at)), strict=True))
-    if not _insert_new(conn, Job, [{**row, "dispatched_at": at}]):
-        return 0, None
-    charge(conn, job.queue, {job.project_id: begins + job.seconds / max(idle.weight, 1e-6)}, begins if begins > idle.clock else None)
-    return 1, Hint(job.kind, job.queue, job.priority, (job.id,), at)
+    row = {**dict(zip(_ROW, _row(job, "dispatched", 0, at, _rank(at)), strict=True)), "dispatched_at": at}
+    ends, moved = begins + job.seconds / max(idle.weight, 1e-6), begins > idle.clock
+    if conn.dialect.name == "postgresql":
+        new = bool(prepared.run(conn, _accepted_alone(tuple(row)), [*_values(row), *charged(job.queue, job.project_id, ends, begins, moved)]))
+    elif new := bool(_insert_new(conn, Job, [row])):
+        charge(conn, job.queue, {job.project_id: ends}, begins if moved else None)
+    return (1, Hint(job.kind, job.queue, job.priority, (job.id,), at)) if new else (0, None)
+
+
+@cache
+def _accepted_alone(columns: tuple[str, ...]) -> str:
+    """The row, and if it is new its charge, in one round trip."""
+    return f"WITH job AS ({_insert_one('postgresql', Job, columns)}), {CHARGED.format(by='job')} SELECT id FROM job"  # noqa: S608 - names of our own
 
 
 def _rank(accepted: float) -> int:
@@ -296,8 +304,7 @@ def _insert_new(conn: Connection, table: Any, rows: list[dict[str, Any]]) -> set
     if len(rows) == 1:
         # What a single submit writes.
         [row] = rows
-        values = [_ascii(v) if k in _JSON else v for k, v in row.items()]
-        return {found[0] for found in prepared.run(conn, _insert_one(conn.dialect.name, table, tuple(row)), values)}
+        return {found[0] for found in prepared.run(conn, _insert_one(conn.dialect.name, table, tuple(row)), _values(row))}
     rows = [{k: json.loads(v) if k in _JSON else v for k, v in row.items()} for row in rows]
     new: set[str] = set()
     # The number of variables in one statement is bounded on SQLite (32,766) and PostgreSQL (65,535).
@@ -311,6 +318,10 @@ def _insert_new(conn: Connection, table: Any, rows: list[dict[str, Any]]) -> set
 
 
 _JSON = ("params", "labels")
+
+
+def _values(row: Mapping[str, Any]) -> list[Any]:
+    return [_ascii(value) if name in _JSON else value for name, value in row.items()]
 
 
 def _ascii(text_: str) -> str:

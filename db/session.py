@@ -145,17 +145,23 @@ class Database:
         with self._mapped(), (self.engine if transaction else self._reader).connect() as connection, connection.begin():
             yield connection
 
-    def run(self, work: Callable[[Connection], T], tries: int = 5) -> T:
+    def run(self, work: Callable[[Connection], T], tries: int = 5, *, whole: bool = True) -> T:
         """Run a write transaction, again after a deadlock, serialisation failure or lost connection before the commit.
 
         The work must be safe to repeat: fenced updates are, since a repeat finds the row already changed.
+
+        Args:
+            work: What to do with the connection.
+            tries: How often to try.
+            whole: Whether what it does must be there as a whole or not at all. Where it need not, each statement is a transaction of its own
+                on PostgreSQL: one round trip instead of three.
 
         Raises:
             ServiceUnavailable: If each try failed.
         """
         for left in reversed(range(tries)):
             try:
-                with self.write() as connection:
+                with self.write() if whole or self.sqlite else self.read() as connection:
                     return work(connection)
             except ServiceUnavailable:
                 if not left:

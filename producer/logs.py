@@ -49,3 +49,6 @@ def configure_logs(settings: Settings) -> None:
     # Libraries that log request addresses or message bodies at INFO would put content into our logs.
     for noisy in ("httpx", "httpcore", "botocore", "urllib3", "PIL", "faster_whisper"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    # Celery tells of each message that it came and that it was dealt with, the first before it passes it on: our own lines say more, and later.
+    for told in ("celery.worker.strategy", "celery.app.trace"):
+        logging.getLogger(told).setLevel(max(level, logging.WARNING))

@@ -87,7 +87,7 @@ class JobContext:
     alone, works in a folder and records what it is told.
 
     Args:
-        scratch: Folder for temporary files; removed after the micro-batch.
+        scratch: Folder for temporary files, or what makes it when it is wanted; removed after the micro-batch.
         seeds: Seed of each job.
         models: Model of the micro-batch, by role; ``"model"`` is the params' ``model``.
         cache: Model cache of this worker.
@@ -102,7 +102,7 @@ class JobContext:
 
     def __init__(
         self,
-        scratch: Path,
+        scratch: Path | Callable[[], Path],
         seeds: Sequence[int],
         models: dict[str, ResolvedModel] | None = None,
         cache: ModelCache | None = None,
@@ -115,7 +115,7 @@ class JobContext:
         resolve_model: Callable[[str], ResolvedModel] | None = None,
         should_release: Callable[[], bool] | None = None,
     ) -> None:
-        self.scratch = scratch
+        self._scratch = scratch
         self.seeds = list(seeds)
         self.models = models or {}
         self.cache = cache or ModelCache(limit_mb=8192)
@@ -129,6 +129,15 @@ class JobContext:
         self._checkpoints = checkpoints
         self._resolve_model = resolve_model
         self._should_release = should_release
+
+    @property
+    def scratch(self) -> Path:
+        """Folder for temporary files; removed after the micro-batch.
+
+        Raises:
+            TransientError: If it cannot be made.
+        """
+        return self._scratch if isinstance(self._scratch, Path) else self._scratch()
 
     @property
     def size(self) -> int:

@@ -4,7 +4,6 @@ import errno
 import hashlib
 import json
 import os
-import shutil
 import socket
 import threading
 import time
@@ -50,6 +49,7 @@ from worker.meter import GroupMeter
 from worker.models import ModelCache
 from worker.resolve import resolve_model
 from worker.runners import get_runner
+from worker.scratch import Scratch
 from worker.warmup import WarmUp
 
 log = structlog.get_logger(__name__)
@@ -158,7 +158,7 @@ class Executor:
         self._models: dict[str, ResolvedModel] = {}
         self._flying: set[str] = set()
         self._unsure: set[str] = set()  # named by a claim that was not answered; whether it took effect, the next one asks
-        self._uncleared: list[Path] = []
+        self._uncleared: list[Scratch] = []
         # Objects that this process put a moment ago, with the time: equal outputs (an empty text, a silence) are put once. The
         # sweep takes nothing that is younger than its window, so a fraction of that is safe.
         self._put: dict[tuple[str, str, str], tuple[str, float]] = {}
@@ -212,7 +212,8 @@ class Executor:
             return taken + lifecycle.claim(conn, ids, self.worker, self.settings.lease_s, kind)
 
         try:
-            claimed = self.database.run(work)
+            # Of one job there is only the claim itself: what may follow, where it was not to be had, may as well be missing.
+            claimed = self.database.run(work, whole=len(ids) > 1 or bool(self._unsure))
         except ServiceUnavailable as error:
             # Perhaps nothing was claimed; the next claim finds out. If none comes, the lease will expire.
             self._unsure.update(ids)
@@ -278,7 +279,7 @@ class Executor:
         first = members[0].claimed
         bound = log.bind(kind=spec.name, queue=spec.queue, jobs=len(members), job=first.id, attempt=first.attempt)
         # The process's number tells the sweep whether whoever made the folder still lives.
-        scratch = self.settings.scratch / f"{spec.name}-{os.getpid()}-{uuid.uuid4().hex[:12]}"
+        scratch = Scratch(self.settings.scratch / f"{spec.name}-{os.getpid()}-{uuid.uuid4().hex[:12]}")
         reused: dict[_Member, Success] = {}
         phases: dict[str, float] = {"wait_s": max(0.0, first.started_at - (first.dispatched_at or first.created_at))}
         # A job that is tried again may be the one that ends processes: nothing else is in this one meanwhile, so that it
@@ -290,10 +291,6 @@ class Executor:
         try:
             loads = self.cache.loads
             try:
-                try:
-                    scratch.mkdir(parents=True, mode=0o700)
-                except OSError as error:
-                    raise TransientError(f"this worker cannot make a scratch folder: {error}", code="worker_resources") from error
                 ready = self._prepare(spec, members)
                 reused.update(self._reuse(spec, ready))
                 work = self._share([m for m in ready if m not in reused])
@@ -305,7 +302,7 @@ class Executor:
                     by_model.setdefault(member.claimed.model, []).append(member)
                 for n, piece in enumerate(p for part in by_model.values() for p in self.meter.pieces(spec, part)):
                     with self.meter.measure(spec, piece, self.cache):
-                        self._compute(spec, piece, scratch if len(piece) == len(work) else _subfolder(scratch, n))
+                        self._compute(spec, piece, scratch if len(piece) == len(work) else scratch.part(n))
             except Exception as error:
                 # A full disk, a ledger that went away: the jobs are told so, and the error's class decides.
                 problem = classify(error)
@@ -324,21 +321,18 @@ class Executor:
                 self.keeper.drop(group)  # the leases run out and somebody else takes over
             self._flying.difference_update(i for i, _ in keys)
             raise
-        bound.info("computed", action="compute", seconds=round(time.monotonic() - started, 3), reused=len(reused))
         # One that came alone had no company when it left: its commit shall have this process and the ledger to itself.
         quick = len(members) > 1 and time.monotonic() - started <= self.quick_s
+        seconds = time.monotonic() - started
         finished = self.finishers.submit(self._finish, spec, members, reused, scratch, phases, started, group, quick)
+        bound.info("computed", action="compute", seconds=round(seconds, 3), reused=len(reused))
         if alone:
             wait([finished])
         return quick
 
-    def _clear(self, scratch: Path) -> None:
+    def _clear(self, scratch: Scratch) -> None:
         """Remove a scratch folder, and those that could not be removed before: that takes handles, and there may be none left."""
-        left, self._uncleared = [*self._uncleared, scratch], []
-        for folder in left:
-            shutil.rmtree(folder, ignore_errors=True)
-            if folder.exists():
-                self._uncleared.append(folder)
+        self._uncleared = [folder for folder in (*self._uncleared, scratch) if not folder.remove()]
 
     # --- before the runner ---
 
@@ -403,7 +397,7 @@ class Executor:
 
     # --- the runner ---
 
-    def _compute(self, spec: KindSpec, members: list[_Member], scratch: Path) -> None:
+    def _compute(self, spec: KindSpec, members: list[_Member], scratch: Scratch) -> None:
         try:
             models = {}
             if members[0].claimed.model:
@@ -443,7 +437,7 @@ class Executor:
             if member.error is None and not member.outputs and not member.models:
                 member.error = FactoryError(f"the runner of {spec.name} yielded nothing for this job", code="no_output")
 
-    def _context(self, spec: KindSpec, members: list[_Member], scratch: Path, models: dict[str, ResolvedModel]) -> JobContext:
+    def _context(self, spec: KindSpec, members: list[_Member], scratch: Scratch, models: dict[str, ResolvedModel]) -> JobContext:
         keeper = self.keeper
         project_id = members[0].claimed.project_id
 
@@ -451,7 +445,7 @@ class Executor:
             resolved = members[job].resolved
             if resolved is None:
                 raise InputError("the job's inputs were not resolved")
-            return self.inputs.fetch(value, resolved, scratch / "inputs")
+            return self.inputs.fetch(value, resolved, scratch() / "inputs")
 
         def report(job: int, fraction: float | None, message: str, metrics: dict[str, float] | None) -> None:
             if keeper:
@@ -491,7 +485,7 @@ class Executor:
                 rows = jobs.artifacts(conn, [claimed.id], ("checkpoint",)).get(claimed.id, [])
             found = []
             for row in reversed(rows):
-                path = scratch / "checkpoints" / row["name"]
+                path = scratch() / "checkpoints" / row["name"]
                 try:
                     self.store.download(row["object_key"], path, sha256=row["sha256"])
                 except FactoryError as error:
@@ -584,7 +578,7 @@ class Executor:
             self._put[(claimed.project_id, sha256, output.media_type)] = (key, began)
         return _artifact(claimed, output, resolved, key, sha256, size, role)
 
-    def _finish(self, spec: KindSpec, members: Sequence[_Member], reused: Mapping[_Member, Success], scratch: Path,
+    def _finish(self, spec: KindSpec, members: Sequence[_Member], reused: Mapping[_Member, Success], scratch: Scratch,
                 phases: dict[str, float], started: float, group: int, quick: bool) -> None:  # fmt: skip
         """Wait for the uploads and commit the group; the next micro-batch computes meanwhile."""
         keys = [m.key for m in members]
@@ -751,13 +745,6 @@ class Executor:
 def _artifact(claimed: Claimed, output: Output, resolved: Resolved | None, key: str, sha256: str, size: int, role: str) -> NewArtifact:
     parents = resolved.parents if resolved else ()
     return NewArtifact(output.name, key, sha256, size, output.media_type, role, output.meta, claimed.seed, claimed.model, parents)
-
-
-def _subfolder(scratch: Path, n: int) -> Path:
-    """A scratch folder of its own: the pieces of a micro-batch number their jobs anew."""
-    folder = scratch / f"piece-{n}"
-    folder.mkdir(mode=0o700)
-    return folder
 
 
 def _published_role(name: str) -> str:

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import structlog
-from sqlalchemy import select
+from sqlalchemy import bindparam, select
 
 from contentfactory.errors import FactoryError, InputError, ServiceUnavailable
-from db import lifecycle
+from db import lifecycle, prepared
 from db.models import Job
 from db.session import Database
 from worker.breaker import Breaker
@@ -33,6 +33,8 @@ LOADERS = {
     "text.generate": "worker.runners.text.generate:load",
 }
 """The function of each kind's runner that brings its model into the cache. Kinds that are not here load when they run."""
+
+_NEEDS = select(Job.project_id, Job.model).where(Job.id == bindparam("p_id"))
 
 GIVE_UP = 5
 """Failed loads in a row after which jobs are claimed all the same: each then ends by its own budget and says why."""
@@ -66,7 +68,7 @@ class WarmUp:
             return True
         try:
             with self._database.read() as conn:
-                row = conn.execute(select(Job.project_id, Job.model).where(Job.id == ids[0])).one_or_none()
+                row = prepared.one(conn, _NEEDS, {"p_id": ids[0]})
         except ServiceUnavailable:
             return True  # the claim will meet it too, and knows what to do
         if row is None or row.model is None or "@" not in row.model:

@@ -46,6 +46,9 @@ def trial_kind():
                 continue
             elif p.text.startswith("explode"):
                 raise RuntimeError("a bug")
+            elif p.text.startswith("write"):
+                (context.scratch / p.text).write_bytes(p.text.encode())
+                yield Output(job, "text.txt", "text/plain", context.scratch / p.text)
             elif p.text.startswith("memory"):
                 raise MemoryError("no room")
             elif p.text.startswith("late"):
@@ -241,8 +244,14 @@ def test_cancelled_while_running_is_not_published(database, executor, make_jobs,
 
 
 def test_scratch_is_empty_afterwards(executor, act):
-    act("one", "input")
+    ids = act("write", "input")
     assert list(executor.settings.scratch.iterdir()) == []
+    assert contents(executor.database, executor, ids[0]) == ["write"]
+
+
+def test_there_is_no_scratch_where_nobody_wants_it(database, executor, act):
+    assert states(database, act("one")) == ["succeeded"]
+    assert not executor.settings.scratch.exists()
 
 
 @pytest.mark.parametrize(("error", "expected"), [(MemoryError(), "resource"), (ValueError("x"), "bug"), (InputError("x"), "input")])
@@ -295,11 +304,11 @@ def test_a_doubled_hint_does_not_take_up_what_is_still_being_committed(database,
 def test_finished_work_waits_for_a_ledger_that_is_away(database, executor, act, monkeypatch):
     run, failures = database.run, [0]
 
-    def away(work, tries=5):
+    def away(work, tries=5, **how):
         if tries == 8 and failures[0] < 2:
             failures[0] += 1
             raise ServiceUnavailable("the database did not answer")
-        return run(work, tries)
+        return run(work, tries, **how)
 
     monkeypatch.setattr(database, "run", away)
     ids = act("one", "two")
@@ -321,7 +330,7 @@ def test_a_ledger_that_goes_away_before_the_runner_is_not_the_jobs_fault(databas
 def test_a_scratch_folder_that_cannot_be_made_is_not_the_jobs_fault(database, executor, act):
     executor.settings.scratch.parent.mkdir(parents=True, exist_ok=True)
     executor.settings.scratch.write_text("in the way")
-    ids = act("one", "two")
+    ids = act("write one", "write two")
     assert states(database, ids) == ["queued"] * 2
     with database.read() as conn:
         assert list(conn.execute(select(Job.tries)).scalars()) == [{"transient": 1}] * 2
@@ -482,7 +491,7 @@ def test_jobs_whose_claim_was_not_answered_are_given_back_by_the_next_claim(data
     lost, again, other = make_jobs(3)
     real = database.run
 
-    def unanswered(work, tries=5):
+    def unanswered(work, *_, **__):
         real(work)
         raise ServiceUnavailable("away", code="database_unavailable")
 

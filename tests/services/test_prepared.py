@@ -1,7 +1,21 @@
 """Statements that go to the driver as they were compiled once give what SQLAlchemy would give, and fail as it would."""
 
 import pytest
-from sqlalchemy import JSON, Boolean, Column, Double, Integer, MetaData, String, Table, bindparam, insert, select, text, update
+from sqlalchemy import (
+    JSON,
+    Boolean,
+    Column,
+    Double,
+    Integer,
+    MetaData,
+    String,
+    Table,
+    bindparam,
+    insert,
+    select,
+    text,
+    update,
+)
 
 from contentfactory.errors import ServiceUnavailable
 from db import prepared
@@ -59,10 +73,13 @@ def test_what_is_written_goes_through_the_columns_types(kept):
 
 
 def test_all_or_nothing_with_what_sqlalchemy_writes(kept):
-    with pytest.raises(RuntimeError), kept.write() as conn:
+    def work(conn):
         prepared.rows(conn, SILENT, {"p_n": 2})
         conn.execute(update(TABLE).values(truth=True))
         raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        kept.run(work)
     with kept.read() as conn:
         assert [row[1] for row in prepared.rows(conn, ALL)] == [True, False, None]
 
@@ -114,13 +131,21 @@ def test_a_server_that_ends_connections_costs_one_error_and_no_more(postgres_dat
         admin.close()
 
 
-def test_a_connection_lost_in_a_transaction_is_told(postgres_database):
+def test_a_connection_lost_in_a_transaction_is_told_and_the_work_done_again(postgres_database):
     database, admin = Database(postgres_database), Database(postgres_database)
     try:
-        with pytest.raises(ServiceUnavailable), database.write() as conn:
-            prepared.run(conn, "SELECT 1", ())
-            _end_all(admin)
-            prepared.run(conn, "SELECT 1", ())
+        tries = []
+
+        def work(conn):
+            tries.append(prepared.run(conn, "SELECT 1", ()))
+            if len(tries) < 3:
+                _end_all(admin)
+            return prepared.run(conn, "SELECT 1", ())
+
+        with pytest.raises(ServiceUnavailable):
+            database.run(work, tries=1)
+        assert database.run(work, tries=2) == [(1,)]
+        assert len(tries) == 3
         with database.write() as conn:
             assert prepared.run(conn, "SELECT 1", ()) == [(1,)]
     finally:

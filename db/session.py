@@ -10,7 +10,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
-from sqlalchemy import Connection, create_engine, event, make_url, text
+from sqlalchemy import Connection, Engine, create_engine, event, make_url, text
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import DBAPIError, DisconnectionError, InterfaceError, OperationalError
 from sqlalchemy.ext.compiler import compiles
@@ -49,6 +49,12 @@ def _now_postgresql(element: Any, compiler: Any, **kw: Any) -> str:
 def insert_for(conn: Connection, table: Any) -> Any:
     """The dialect's INSERT, which knows ON CONFLICT."""
     return upsert(conn.dialect.name, table)
+
+
+def faults(engine: Engine) -> tuple[type[Exception], ...]:
+    """What SQLAlchemy and the driver raise where a database does not answer."""
+    driver: Any = engine.dialect.dbapi
+    return OperationalError, InterfaceError, driver.OperationalError, driver.InterfaceError
 
 
 def upsert(dialect: str, table: Any) -> Any:
@@ -106,8 +112,7 @@ class Database:
             event.listen(self.engine, "checkout", _ping_if_idle)
         else:
             raise ConfigError(f"database_url names {backend!r}; allowed: sqlite, postgresql", param="database_url")
-        driver: Any = self.engine.dialect.dbapi
-        self._faults = (OperationalError, InterfaceError, driver.OperationalError, driver.InterfaceError)
+        self._faults = faults(self.engine)
         self._reader = self.engine if self.sqlite else self.engine.execution_options(isolation_level="AUTOCOMMIT")
 
     @contextmanager

@@ -403,6 +403,7 @@ class SimDatabase(Database):
 
     def __init__(self, world: World, process: Process) -> None:
         self.world, self.process, self.sqlite, self.engine = world, process, True, world.ledger.engine
+        self._faults = session.faults(self.engine)
 
     @contextmanager
     def write(self) -> Iterator[Any]:
@@ -410,7 +411,7 @@ class SimDatabase(Database):
         self._reach("write")
         died = False
         try:
-            with session._mapped(), world.ledger.transaction() as connection:
+            with self._mapped(), world.ledger.transaction() as connection:
                 world.in_transaction = True
                 yield connection
                 if world.happens("abort"):
@@ -437,7 +438,7 @@ class SimDatabase(Database):
     def read(self) -> Iterator[Any]:
         self._reach("read")
         try:
-            with session._mapped(), self.world.ledger.transaction() as connection:
+            with self._mapped(), self.world.ledger.transaction() as connection:
                 self.world.in_transaction = True
                 yield connection
         finally:

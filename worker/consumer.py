@@ -1,5 +1,6 @@
 """Celery's consumer without the messages that workers send each other, quick to come back and to stop without a broker."""
 
+import time
 from functools import partial
 from typing import Any
 
@@ -9,6 +10,9 @@ from celery.worker.consumer import Consumer as StockConsumer
 
 RECONNECT_S = 2.0
 """Longest pause between two attempts to reach the broker."""
+EVENTS_S = 0.05
+"""How long a message's events may wait to be sent, seconds: Celery sends them before it hands the message to its child, which waits for the
+broker's answer meanwhile."""
 
 
 class Consumer(StockConsumer):
@@ -21,6 +25,14 @@ class Consumer(StockConsumer):
     def __init__(self, *args: Any, worker_options: dict[str, Any] | None = None, **kwargs: Any) -> None:
         options = {**(worker_options or {}), "without_gossip": True, "without_mingle": True}
         super().__init__(*args, worker_options=options, **kwargs)
+        self._events_at = 0.0
+
+    def on_send_event_buffered(self) -> None:
+        """Send events together in a moment, once the job is on its way."""
+        at = time.monotonic()
+        if self.hub and at >= self._events_at:
+            self._events_at = at + EVENTS_S
+            self.hub.call_later(EVENTS_S, self._flush_events)
 
     def ensure_connected(self, conn: Any) -> Any:
         """Wait for the broker; by itself Celery would pause for up to 30 s, long after the broker is back."""

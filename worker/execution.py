@@ -12,6 +12,7 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -87,6 +88,13 @@ def pick_device(wanted: str) -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+@dataclass(slots=True)
+class _Later:
+    """An upload that is done when its result is asked for: by whoever commits, which somebody waits for, and not by one more thread."""
+
+    result: "Callable[[], NewArtifact]"
+
+
 @dataclass(eq=False, slots=True)
 class _Member:
     """One job of a micro-batch on its way through the worker."""
@@ -94,7 +102,7 @@ class _Member:
     claimed: Claimed
     resolved: Resolved | None = None
     result_key: str | None = None
-    outputs: list["Future[NewArtifact] | NewArtifact"] = field(default_factory=list)
+    outputs: list["Future[NewArtifact] | NewArtifact | _Later"] = field(default_factory=list)
     models: list[NewModel] = field(default_factory=list)
     followers: list["_Member"] = field(default_factory=list)
     error: FactoryError | None = None
@@ -102,6 +110,11 @@ class _Member:
     @property
     def key(self) -> tuple[str, int]:
         return self.claimed.id, self.claimed.attempt
+
+    @property
+    def waited_for(self) -> bool:
+        """Whether somebody waits for it at this moment."""
+        return self.claimed.priority >= Priority.INTERACTIVE
 
 
 class Executor:
@@ -326,7 +339,8 @@ class Executor:
         seconds = time.monotonic() - started
         finished = self.finishers.submit(self._finish, spec, members, reused, scratch, phases, started, group, quick)
         bound.info("computed", action="compute", seconds=round(seconds, 3), reused=len(reused))
-        if alone:
+        if alone or (len(members) == 1 and members[0].waited_for):
+            # Somebody waits for that one: what Celery does between two jobs would keep the commit from the interpreter.
             wait([finished])
         return quick
 
@@ -417,7 +431,7 @@ class Executor:
                 elif isinstance(item, NewModel):
                     member.models.append(item)
                 else:
-                    member.outputs.append(self._begin_upload(member, item))
+                    member.outputs.append(self._begin_upload(member, item, len(members) == 1))
         except Exception as error:
             problem = classify(error)
             if problem.error_class == "resource":
@@ -542,7 +556,7 @@ class Executor:
 
     # --- after the runner ---
 
-    def _begin_upload(self, member: _Member, output: Output) -> "Future[NewArtifact] | NewArtifact":
+    def _begin_upload(self, member: _Member, output: Output, alone: bool) -> "Future[NewArtifact] | NewArtifact | _Later":
         """The artifact itself where the bytes lie in the store already, and there is nothing to wait for."""
         data = output.data
         if isinstance(data, bytes) and len(data) <= INSTANT_BYTES:
@@ -550,6 +564,8 @@ class Executor:
             key, at = self._put.get((member.claimed.project_id, sha256, output.media_type), ("", -1e9))
             if time.monotonic() - at < self._put_s:
                 return _artifact(member.claimed, output, member.resolved, key, sha256, len(data), "output")
+            if alone and member.waited_for:
+                return _Later(partial(self._upload, member.claimed, output, member.resolved))
         return self.uploads.submit(self._upload, member.claimed, output, member.resolved)
 
     def _upload(self, claimed: Claimed, output: Output, resolved: Resolved | None, role: str = "output") -> NewArtifact:
@@ -610,7 +626,7 @@ class Executor:
             failpoints.reached(failpoints.AFTER_COMMIT)
             if self.tracer:
                 self._trace(spec, members, phases, begun - started, {**stopped, **dict.fromkeys(done, JobState.SUCCEEDED)})
-            waited_for = [m.claimed.id for m in members if m.claimed.priority >= Priority.INTERACTIVE]
+            waited_for = [m.claimed.id for m in members if m.waited_for]
             if waited_for:
                 self.dispatcher.publisher.ended(waited_for)
             batch_ids = {m.claimed.batch_id for m in members if m.claimed.batch_id}

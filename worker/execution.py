@@ -12,7 +12,6 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -88,13 +87,6 @@ def pick_device(wanted: str) -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-@dataclass(slots=True)
-class _Later:
-    """An upload that is done when its result is asked for: by whoever commits, which somebody waits for, and not by one more thread."""
-
-    result: "Callable[[], NewArtifact]"
-
-
 @dataclass(eq=False, slots=True)
 class _Member:
     """One job of a micro-batch on its way through the worker."""
@@ -102,7 +94,7 @@ class _Member:
     claimed: Claimed
     resolved: Resolved | None = None
     result_key: str | None = None
-    outputs: list["Future[NewArtifact] | NewArtifact | _Later"] = field(default_factory=list)
+    outputs: list["Future[NewArtifact] | NewArtifact"] = field(default_factory=list)
     models: list[NewModel] = field(default_factory=list)
     followers: list["_Member"] = field(default_factory=list)
     error: FactoryError | None = None
@@ -431,7 +423,7 @@ class Executor:
                 elif isinstance(item, NewModel):
                     member.models.append(item)
                 else:
-                    member.outputs.append(self._begin_upload(member, item, len(members) == 1))
+                    member.outputs.append(self._begin_upload(member, item))
         except Exception as error:
             problem = classify(error)
             if problem.error_class == "resource":
@@ -556,7 +548,7 @@ class Executor:
 
     # --- after the runner ---
 
-    def _begin_upload(self, member: _Member, output: Output, alone: bool) -> "Future[NewArtifact] | NewArtifact | _Later":
+    def _begin_upload(self, member: _Member, output: Output) -> "Future[NewArtifact] | NewArtifact":
         """The artifact itself where the bytes lie in the store already, and there is nothing to wait for."""
         data = output.data
         if isinstance(data, bytes) and len(data) <= INSTANT_BYTES:
@@ -564,8 +556,6 @@ class Executor:
             key, at = self._put.get((member.claimed.project_id, sha256, output.media_type), ("", -1e9))
             if time.monotonic() - at < self._put_s:
                 return _artifact(member.claimed, output, member.resolved, key, sha256, len(data), "output")
-            if alone and member.waited_for:
-                return _Later(partial(self._upload, member.claimed, output, member.resolved))
         return self.uploads.submit(self._upload, member.claimed, output, member.resolved)
 
     def _upload(self, claimed: Claimed, output: Output, resolved: Resolved | None, role: str = "output") -> NewArtifact:

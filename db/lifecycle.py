@@ -37,7 +37,8 @@ from db import ended, prepared, waiting
 from db.choice import CHARGED, Hint, Room, charge, charged, choose
 from db.ended import NewArtifact
 from db.places import any_of
-from db.session import BINARY, insert_for, now, upsert
+from db.prepared import BINARY
+from db.session import insert_for, now, upsert
 from db.sql import (
     among,
     among_given,

@@ -12,6 +12,8 @@ from typing import Any
 
 from sqlalchemy import Connection, Double, Float
 
+BINARY = {"binary": True}
+"""Execution options of a statement that returns numbers of many rows: on PostgreSQL neither side turns them into decimals and back."""
 _NOTHING: Mapping[str, Any] = {}
 _PREPARED: dict[str, dict[Any, "_Prepared"]] = {"sqlite": {}, "postgresql": {}}
 
@@ -146,4 +148,4 @@ def run_many(conn: Connection, text: str, values: Iterable[Sequence[Any]]) -> No
         cursor.executemany(text, values)
 
 
-__all__ = ["named", "one", "rows", "run", "run_many", "scalars"]
+__all__ = ["BINARY", "named", "one", "rows", "run", "run_many", "scalars"]

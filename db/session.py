@@ -107,7 +107,6 @@ class Database:
                 },
             )  # fmt: skip
             event.listen(self.engine, "connect", _set_up)
-            event.listen(self.engine, "before_cursor_execute", _choose_format)
             event.listen(self.engine, "checkin", _note_use)
             event.listen(self.engine, "checkout", _ping_if_idle)
         else:
@@ -288,13 +287,6 @@ def _set_up(connection: Any, record: Any) -> None:
     connection.commit()
 
 
-def _choose_format(conn: Any, cursor: Any, statement: str, parameters: Any, context: Any, many: bool) -> None:
-    if context is not None and context.execution_options.get("binary"):
-        cursor.format = 1
-
-
-BINARY = {"binary": True}
-"""Execution options of a statement that returns numbers of many rows: on PostgreSQL neither side turns them into decimals and back."""
 IDLE_TRANSACTION_S = 5.0
 """Longest pause between two statements of a transaction on PostgreSQL, seconds: ours take milliseconds, but for those that `take_time`."""
 IDLE_S = 1.0

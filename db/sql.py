@@ -32,8 +32,8 @@ from db.tables import Job
 COPY_FROM = 8
 """Rows from which on a COPY is worth its two further messages."""
 
-COPY_BLOCK = 512
-"""Rows that are written at once: the server reads some while the next are put together."""
+COPY_BLOCK, COPY_BYTES = 512, 2**20
+"""Rows that are written at once, and about how many characters of them: the server reads some while the next are put together."""
 
 _ARRAY = ARRAY(String)
 _PLAIN = re.compile(r"[\w./:@,-]+", re.ASCII)
@@ -149,9 +149,11 @@ def insert_rows(
     if conn.dialect.name == "postgresql" and not replacing and (count is None or count >= COPY_FROM):
         cursor: Any = conn.connection.cursor()
         with cursor, cursor.copy(f"COPY {table.name} ({', '.join(columns)}) FROM STDIN") as copy:
-            coming = iter(rows)
-            while block := list(islice(coming, COPY_BLOCK)):
-                copy.write(_copied(block))
+            coming, most = iter(rows), COPY_BLOCK // 8
+            while block := list(islice(coming, most)):
+                text_ = _copied(block)
+                copy.write(text_)
+                most = min(COPY_BLOCK, max(1, COPY_BYTES * len(block) // len(text_)))
         return
     conflict = ""
     if replacing:

@@ -12,7 +12,8 @@ from sqlalchemy import Connection, String, and_, bindparam, cast, func, literal,
 from contentfactory.jobs.spec import get_kind
 from contentfactory.states import BatchState, JobState
 from db import prepared
-from db.session import BINARY, now
+from db.prepared import BINARY
+from db.session import now
 from db.sql import among_given, has_state, packed
 from db.tables import Batch, Job, Mark, Project, Queue, Share, Worker
 

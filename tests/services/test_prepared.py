@@ -20,7 +20,8 @@ from sqlalchemy import (
 from contentfactory.errors import ServiceUnavailable
 from db import prepared
 from db.models import Job
-from db.session import BINARY, Database
+from db.prepared import BINARY
+from db.session import Database
 
 TABLE = Table(
     "kept", MetaData(), Column("n", Integer, primary_key=True), Column("truth", Boolean), Column("data", JSON), Column("measure", Double),

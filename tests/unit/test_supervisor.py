@@ -1,5 +1,6 @@
 """The supervisor with small fake services, and with the real broker."""
 
+import contextlib
 import json
 import os
 import signal
@@ -296,7 +297,12 @@ def test_a_lost_guard_is_replaced(settings: Settings) -> None:
         up.wait_ready(5)
 
         def guards() -> list[psutil.Process]:
-            return [p for p in psutil.Process().children() if p.status() != psutil.STATUS_ZOMBIE and "producer.guard" in p.cmdline()]
+            found = []
+            for p in psutil.Process().children():
+                with contextlib.suppress(psutil.NoSuchProcess):  # it may be gone by the time that it is looked at
+                    if p.status() != psutil.STATUS_ZOMBIE and "producer.guard" in p.cmdline():
+                        found.append(p)
+            return found
 
         # A process that is just starting may show no command line yet.
         seen: list[psutil.Process] = []

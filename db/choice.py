@@ -139,12 +139,13 @@ def choose(conn: Connection, queue: str, look: Any, room: Room, window: int, wor
 
 def charge(conn: Connection, queue: str, virtual: Mapping[str, float], clock: float | None) -> None:
     """Note the virtual time at which projects stand now, seconds, and where the queue's clock stands if that has moved."""
-    rows = [{"p_queue": queue, "p_project": project, "p_seconds": virtual[project]} for project in sorted(virtual)]
-    if clock is not None and len(rows) == 1 and conn.dialect.name == "postgresql":
-        prepared.rows(conn, _charged_and_marked(), {**rows[0], "p_name": waiting.clock_name(queue), "p_value": clock})
+    if clock is not None and len(virtual) == 1 and conn.dialect.name == "postgresql":
+        # Both in one round trip: a queue is mostly served one project at a time, and whoever is next waits for it.
+        [(project, seconds)] = virtual.items()
+        prepared.run(conn, _CHARGED_ALONE, charged(queue, project, seconds, clock, moved=True))
         return
-    for row in rows:
-        prepared.rows(conn, _charged(conn.dialect.name), row)
+    rows = [{"p_queue": queue, "p_project": project, "p_seconds": virtual[project]} for project in sorted(virtual)]
+    prepared.many(conn, _charged(conn.dialect.name), rows)
     if clock is not None:
         set_clock(conn, queue, clock)
 
@@ -169,12 +170,6 @@ def _marked(dialect: str) -> Any:
     return statement.on_conflict_do_update(index_elements=[Mark.c.name], set_={"value": statement.excluded.value})
 
 
-@cache
-def _charged_and_marked() -> Any:
-    """Both in one round trip: a queue is mostly served one project at a time, and whoever is next waits for it."""
-    return _charged("postgresql").add_cte(_marked("postgresql").cte("marked"))
-
-
 CHARGED = """\
 charged AS (
 INSERT INTO shares (queue, project_id, virtual_seconds) SELECT %s, %s, CAST(%s AS DOUBLE PRECISION) FROM {by}
@@ -183,7 +178,8 @@ ON CONFLICT (queue, project_id) DO UPDATE SET virtual_seconds = excluded.virtual
 INSERT INTO marks (name, value) SELECT %s, CAST(%s AS DOUBLE PRECISION) FROM {by} WHERE CAST(%s AS BOOLEAN)
 ON CONFLICT (name) DO UPDATE SET value = excluded.value
 )"""
-"""The same as parts of another statement of PostgreSQL's, which charges only where its part ``by`` has a row."""
+"""A project's charge and the queue's clock as parts of a statement of PostgreSQL's: written only where its part ``by`` has a row."""
+_CHARGED_ALONE = f"WITH always AS (SELECT 1), {CHARGED.format(by='always')} SELECT 1"
 
 
 def charged(queue: str, project_id: str, virtual_seconds: float, clock: float, moved: bool) -> tuple[Any, ...]:

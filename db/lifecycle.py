@@ -192,15 +192,6 @@ def insert_jobs(conn: Connection, jobs: Sequence[NewJob], *, fresh: bool = False
         return 0
     created = database_time(conn)
     rank = _rank(created)
-    if fresh and all(map(is_plain, jobs)):
-        insert_rows(conn, Job, _PLAIN_ROW, [
-            (
-                job.id, job.project_id, job.rank or rank, job.kind, job.queue, "queued", job.priority, 100 - job.priority,
-                job.params if isinstance(job.params, str) else dumps(job.params), job.seed, job.seconds, job.share_key, job.reuse, created,
-            )
-            for job in jobs
-        ])  # fmt: skip
-        return len(jobs)
     own = {job.id for job in jobs}
     states = _lock_parents(conn, {p for job in jobs for p in job.parents} - own)
     rows: list[tuple[Any, ...]] = []
@@ -226,17 +217,20 @@ def insert_jobs(conn: Connection, jobs: Sequence[NewJob], *, fresh: bool = False
     return len(new)
 
 
-def insert_alike(conn: Connection, like: NewJob, each: Iterable[tuple[str, str, str, float, int]]) -> None:
-    """Write accepted jobs with new ids that differ in little: taken as they come, while the database writes those before them.
+def insert_alike(conn: Connection, project_id: str, kind: str, each: Iterable[tuple[str, str, str, float, int]], *, priority: int,
+                 reuse: bool) -> None:  # fmt: skip
+    """Write accepted jobs of one kind with new ids, no model and no batch: taken as they come, while the database writes those before them.
 
     Args:
         conn: Connection in a write transaction.
-        like: What they have in common; it must be `is_plain`.
+        project_id: Their project.
+        kind: Their kind.
         each: Id, parameters as JSON, ``share_key``, estimated compute seconds and seed of each job.
+        priority: 0 to 100.
+        reuse: Whether equal earlier results may be taken.
     """
     created = database_time(conn)
-    project_id, kind, queue, priority, reuse = like.project_id, like.kind, like.queue, like.priority, like.reuse
-    rank, band = like.rank or _rank(created), 100 - priority
+    queue, rank, band = get_kind(kind).queue, _rank(created), 100 - priority
     insert_rows(conn, Job, _PLAIN_ROW, (
         (job_id, project_id, rank, kind, queue, "queued", priority, band, params, seed, seconds, share_key, reuse, created)
         for job_id, params, share_key, seconds, seed in each
@@ -282,14 +276,6 @@ def _row(job: NewJob, state: str, waits: int, created: float, rank: int) -> tupl
         100 - job.priority, job.params if isinstance(job.params, str) else dumps(job.params), job.model, job.seed, job.seconds,
         job.share_key, job.reuse, waits, job.retry_of, dumps(job.labels) if job.labels else "{}", job.idempotency_key, job.request_hash,
         created,
-    )  # fmt: skip
-
-
-def is_plain(job: NewJob) -> bool:
-    """Whether the columns of `_PLAIN_ROW` say all there is to say, as they do of most of what `submit_many` accepts."""
-    return not (
-        job.batch_id or job.model or job.parents or job.labels or job.line or job.custom_id or job.retry_of or job.idempotency_key
-        or job.request_hash
     )  # fmt: skip
 
 

@@ -1,8 +1,8 @@
 """Statements of the hot path: taken apart once, then handed to the driver with nothing in between.
 
 SQLAlchemy compiles a statement once too, but what it does around each call costs a small statement as much as the database's answer, and
-several times that where the process has just slept. Results here are the driver's own tuples, of whole lists; all of it runs in the
-transaction of the connection that is given.
+several times that where the process has just slept. Results here are lists of the driver's own tuples; all of it runs in the transaction
+of the connection that is given.
 """
 
 from collections import namedtuple
@@ -116,6 +116,12 @@ def scalars(conn: Connection, statement: Any, values: Mapping[str, Any] = _NOTHI
     return [row[0] for row in rows(conn, statement, values)]
 
 
+def many(conn: Connection, statement: Any, values: Iterable[Mapping[str, Any]]) -> None:
+    """Run a statement as `rows` does, for each of these parameters: in one round trip to PostgreSQL."""
+    prepared = _prepare(conn, statement)
+    run_many(conn, prepared.text, [prepared.values(one) for one in values])
+
+
 def run(conn: Connection, text: str, values: Any, *, binary: bool = False) -> list[Any]:
     """Run a statement in the driver's words; its rows, none where it returns none."""
     with _cursor(conn) as cursor:
@@ -148,4 +154,4 @@ def run_many(conn: Connection, text: str, values: Iterable[Sequence[Any]]) -> No
         cursor.executemany(text, values)
 
 
-__all__ = ["BINARY", "named", "one", "rows", "run", "run_many", "scalars"]
+__all__ = ["BINARY", "many", "named", "one", "rows", "run", "run_many", "scalars"]

@@ -158,7 +158,7 @@ class Database:
             work: What to do with the connection.
             tries: How often to try.
             whole: Whether what it does must be there as a whole or not at all. Where it need not, each statement is a transaction of its own
-                on PostgreSQL: one round trip instead of three.
+                on PostgreSQL, as on the connections of `read`: one round trip instead of three.
 
         Raises:
             ServiceUnavailable: If each try failed.

@@ -217,9 +217,8 @@ class Producer:
         chosen = seeds if seeds is not None else [random.getrandbits(31) for _ in checked]
         cacheable, noted = reuse and spec.cacheable and self.settings.reuse_results, dict(labels or {})
 
-        like = lifecycle.NewJob("", project_id, spec.name, spec.queue, "", "", 0.0, 0, priority=priority, reuse=cacheable, labels=noted)
         # Most are: then nothing is made of a job but its row.
-        plain = cast("list[_Settled]", checked) if lifecycle.is_plain(like) and not referring and not spec.takes_model else []
+        plain = cast("list[_Settled]", checked) if not (noted or referring or spec.takes_model) else []
 
         def settle(conn: Any, pins: ModelPins, index: int, one: Params) -> tuple[_Settled, str | None, tuple[str, ...]]:
             parents: tuple[str, ...] = ()
@@ -246,7 +245,8 @@ class Producer:
             if jobs.get(conn, project_id, ids[0]) is not None:
                 return  # an earlier try was committed and its answer lost
             if plain:
-                lifecycle.insert_alike(conn, like, ((i, *settled, seed) for i, settled, seed in zip(ids, plain, chosen, strict=True)))
+                each = ((i, *settled, seed) for i, settled, seed in zip(ids, plain, chosen, strict=True))
+                lifecycle.insert_alike(conn, project_id, spec.name, each, priority=priority, reuse=cacheable)
                 return
             pins = ModelPins(conn, project_id)
             for start in range(0, len(ids), MANY_ROWS):

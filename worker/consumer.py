@@ -34,6 +34,12 @@ class Consumer(StockConsumer):
             self._events_at = at + EVENTS_S
             self.hub.call_later(EVENTS_S, self._flush_events)
 
+    def stop(self) -> None:
+        """Stop; what was to be sent in a moment is sent first."""
+        if time.monotonic() < self._events_at:
+            self._flush_events()
+        super().stop()
+
     def ensure_connected(self, conn: Any) -> Any:
         """Wait for the broker; by itself Celery would pause for up to 30 s, long after the broker is back."""
         conn.ensure_connection = partial(conn.ensure_connection, interval_start=0.5, interval_step=0.5, interval_max=RECONNECT_S)

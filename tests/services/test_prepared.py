@@ -18,7 +18,7 @@ from sqlalchemy import (
 )
 
 from contentfactory.errors import ServiceUnavailable
-from db import prepared
+from db import migrate, prepared
 from db.models import Job
 from db.prepared import BINARY
 from db.session import Database
@@ -73,6 +73,14 @@ def test_what_is_written_goes_through_the_columns_types(kept):
         assert conn.execute(select(TABLE.c.truth).where(TABLE.c.n == 2)).scalar_one() is True
 
 
+def test_one_statement_for_many_parameters(kept):
+    with kept.write() as conn:
+        prepared.many(conn, SILENT, [{"p_n": n} for n in (2, 3)])
+        prepared.many(conn, SILENT, [])
+    with kept.read() as conn:
+        assert [row[1] for row in prepared.rows(conn, ALL)] == [True] * 3
+
+
 def test_all_or_nothing_with_what_sqlalchemy_writes(kept):
     def work(conn):
         prepared.rows(conn, SILENT, {"p_n": 2})
@@ -114,8 +122,6 @@ def test_a_server_that_ends_connections_costs_one_error_and_no_more(postgres_dat
     statement = select(Job.id).where(Job.id == bindparam("p_id"))
     database, admin = Database(postgres_database), Database(postgres_database)
     try:
-        from db import migrate
-
         migrate.upgrade(database)
         with database.read() as one, database.read() as two, database.write() as three:
             assert not any(prepared.rows(conn, statement, {"p_id": "job_x"}) for conn in (one, two, three))

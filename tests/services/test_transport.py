@@ -348,6 +348,24 @@ def test_items_with_one_delivery_tag_are_still_several(rig):
     rig.finish(hints)
 
 
+def test_what_becomes_of_a_message_is_told_though_later(rig):
+    """Flower lives on these; they are sent together, a moment after the message is on its way."""
+    with rig.redis.pubsub() as heard:
+        heard.psubscribe("/0.celeryev/task.*")
+        told: list[str] = []
+
+        def listen() -> bool:
+            while (item := heard.get_message(timeout=0.05)) is not None:
+                if item["type"] == "pmessage":
+                    body = json.loads(base64.b64decode(json.loads(item["data"])["body"]))
+                    told.extend(event["type"] for event in (body if isinstance(body, list) else [body]))
+            return {"task-received", "task-started", "task-succeeded"} <= set(told)
+
+        rig.works()
+        rig.until(listen)
+    assert [told.count(what) for what in ("task-received", "task-started", "task-succeeded")] == [1, 1, 1]
+
+
 def command(method="ping", headers=None, **changed) -> bytes:
     body = {"method": method, "arguments": {}, "destination": None, "pattern": None, "matcher": None, **changed}
     return hint({"body": b64(body), "headers": headers or {"clock": 1}})

@@ -40,6 +40,7 @@ from db.places import any_of
 from db.prepared import BINARY
 from db.session import insert_for, now, upsert
 from db.sql import (
+    NOT_DURABLE,
     among,
     among_given,
     dumps,
@@ -125,6 +126,8 @@ class Stop:
     attempt: int
     error: Mapping[str, Any]
     phases: Mapping[str, float] = field(default_factory=dict)
+    worker: str | None = None
+    """Who ran it, where only that one's attempt is meant."""
 
 
 @dataclass(slots=True)
@@ -444,10 +447,18 @@ def _turn(conn: Connection, queue: str, *, patient: bool) -> bool:
 def _dispatched(dialect: str) -> Any:
     return (
         update(Job)
-        .where(among_given(dialect, Job.c.id, "p_ids"), was(JobState.QUEUED))
+        .where(among_given(dialect, Job.c.id, "p_ids"), was(JobState.QUEUED), *_not_durable(dialect))
         .values(state=JobState.DISPATCHED, dispatched_at=bindparam("p_at"))
         .returning(Job.c.id)
     )
+
+
+def _not_durable(dialect: str) -> list[Any]:
+    """For dispatches and claims: who lost one finds the job as it was before, and does it again.
+
+    The one to whom it was given meanwhile is fenced by his name, since the number of the attempt may be given again.
+    """
+    return [statement_text(NOT_DURABLE)] if dialect == "postgresql" else []
 
 
 def undispatch(conn: Connection, ids: Sequence[str], delay_s: float = 0.0) -> int:
@@ -533,6 +544,7 @@ def _claim(dialect: str, one_kind: bool, dispatched: bool) -> Any:
     ]  # fmt: skip
     if one_kind:
         wanted.append(Job.c.kind == bindparam("p_kind"))
+    wanted += _not_durable(dialect)
     values = {
         "state": JobState.RUNNING, "attempt": Job.c.attempt + 1, "lease_owner": bindparam("p_worker"), "lease_until": now() + bindparam("p_lease_s"),
         "started_at": now(), "progress": None, "message": None, "group_size": bindparam("p_n"),
@@ -650,7 +662,7 @@ def finish(conn: Connection, results: Sequence[Success], worker: str | None = No
     Args:
         conn: Connection in a write transaction.
         results: What the attempts came to.
-        worker: Who ran them; looked up where left out.
+        worker: Who ran them, and holds them still; looked up where left out.
 
     Returns:
         Ids that were published. Others were fenced (another attempt holds the job) or cancelled meanwhile.
@@ -671,7 +683,9 @@ def finish(conn: Connection, results: Sequence[Success], worker: str | None = No
         keyed = any(r.result_key or r.reused_from for r in some)
         kept = packed_rows(dialect, "p_keyed", _KEYS, [(r.job_id, r.result_key, r.reused_from) for r in some]) if keyed else {}
         known = all(r.claimed for r in some)
-        found = prepared.rows(conn, _succeeded(dialect, keyed, known), {**fence, **kept})
+        if worker:
+            fence["p_worker"] = worker
+        found = prepared.rows(conn, _succeeded(dialect, keyed, known, bool(worker)), {**fence, **kept})
         hit = {row[0]: row for row in (_as_claimed(some, dict(found)) if known else found)}
         done.update(hit)
         published += some if len(hit) == len(some) else [r for r in some if r.job_id in hit]
@@ -732,7 +746,7 @@ def _as_claimed(results: Sequence[Success], finished: Mapping[str, float]) -> li
 
 
 @cache
-def _succeeded(dialect: str, keyed: bool, known: bool) -> Any:
+def _succeeded(dialect: str, keyed: bool, known: bool, owned: bool) -> Any:
     values: dict[str, Any] = {
         "state": JobState.SUCCEEDED, "finished_at": now(), "progress": 1.0, "message": None, "error": null(), "lease_owner": None,
         "lease_until": None,
@@ -742,6 +756,8 @@ def _succeeded(dialect: str, keyed: bool, known: bool) -> Any:
         Job.c.started_at, Job.c.finished_at,
     )  # fmt: skip
     named, *wanted = [*_fence(dialect), ~Job.c.cancel_requested]
+    if owned:
+        wanted.append(Job.c.lease_owner == bindparam("p_worker"))
     if dialect == "postgresql":
         # What `refuse_doomed` takes, without a round trip of its own.
         wanted.append(statement_text(f"(SELECT CAST({_NO_SWEEP} AS text)) IS NOT NULL"))
@@ -948,7 +964,7 @@ def stop(conn: Connection, result: Stop) -> JobState | None:
         The job's new state, or None if the attempt was fenced.
     """
     row = conn.execute(_ENDING, {"p_job": result.job_id, "p_attempt": result.attempt}).one_or_none()
-    if row is None:
+    if row is None or (result.worker and row.lease_owner != result.worker):
         return None
     error_class = "cancelled" if row.cancel_requested else str(result.error.get("type", "bug"))
     verdict = decide(

@@ -112,11 +112,17 @@ class Database:
         else:
             raise ConfigError(f"database_url names {backend!r}; allowed: sqlite, postgresql", param="database_url")
         self._faults = faults(self.engine)
-        self._reader = self.engine if self.sqlite else self.engine.execution_options(isolation_level="AUTOCOMMIT")
+        self._writers = _AtHand(self.engine.execution_options(factory_begin="IMMEDIATE") if self.sqlite else self.engine)
+        self._readers = _AtHand(self.engine if self.sqlite else self.engine.execution_options(isolation_level="AUTOCOMMIT"))
 
     @contextmanager
-    def write(self) -> Iterator[Connection]:
+    def write(self, *, durable: bool = True) -> Iterator[Connection]:
         """A transaction that may write; on SQLite it takes the write lock at its start, so it never fails to upgrade.
+
+        Args:
+            durable: Whether the commit waits for the disk. Where it does not, a power cut may take the transaction back (the end of a process
+                does not), with all that came after it: whatever is committed later and does wait takes it along. On PostgreSQL statements say
+                so themselves (`db.sql.NOT_DURABLE`), which costs no round trip.
 
         Raises:
             ServiceUnavailable: If the database cannot be reached or stays locked.
@@ -126,8 +132,9 @@ class Database:
             raise RuntimeError("a write transaction was opened inside another one of the same thread")
         self._thread.writing = True
         try:
-            with self._turn.taken() if self._turn else nullcontext(), self._mapped(), self.engine.connect() as connection:
-                connection.execution_options(factory_begin="IMMEDIATE")
+            with self._turn.taken() if self._turn else nullcontext(), self._mapped(), self._writers.lent() as connection:
+                if self.sqlite:
+                    _wait_for_disk(connection, durable)
                 with connection.begin():
                     yield connection
         finally:
@@ -146,10 +153,10 @@ class Database:
         Raises:
             ServiceUnavailable: If the database cannot be reached.
         """
-        with self._mapped(), (self.engine if transaction else self._reader).connect() as connection, connection.begin():
+        with self._mapped(), self.engine.connect() if transaction else self._readers.lent() as connection, connection.begin():
             yield connection
 
-    def run(self, work: Callable[[Connection], T], tries: int = 5, *, whole: bool = True) -> T:
+    def run(self, work: Callable[[Connection], T], tries: int = 5, *, whole: bool = True, durable: bool = True) -> T:
         """Run a write transaction, again after a deadlock, serialisation failure or lost connection before the commit.
 
         The work must be safe to repeat: fenced updates are, since a repeat finds the row already changed.
@@ -159,13 +166,14 @@ class Database:
             tries: How often to try.
             whole: Whether what it does must be there as a whole or not at all. Where it need not, each statement is a transaction of its own
                 on PostgreSQL, as on the connections of `read`: one round trip instead of three.
+            durable: As in `write`.
 
         Raises:
             ServiceUnavailable: If each try failed.
         """
         for left in reversed(range(tries)):
             try:
-                with self.write() if whole or self.sqlite else self.read() as connection:
+                with self.write(durable=durable) if whole or self.sqlite else self.read() as connection:
                     return work(connection)
             except ServiceUnavailable:
                 if not left:
@@ -197,12 +205,72 @@ class Database:
 
     def close(self) -> None:
         """Close every connection."""
+        self._writers.close()
+        self._readers.close()
         self.engine.dispose()
 
     @property
     def dialect(self) -> str:
         """``sqlite`` or ``postgresql``."""
         return self.engine.dialect.name
+
+
+class _AtHand:
+    """One connection that stays out of the pool between two uses: taking one from there and giving it back costs a short transaction
+    as much as one of its statements. Whoever comes while it is in use gets another, from the pool.
+
+    Args:
+        engine: Where connections come from.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._rests: list[tuple[Connection, Any, float, int]] = []  # one; taken and put by single steps, which threads cannot divide
+
+    @contextmanager
+    def lent(self) -> Iterator[Connection]:
+        """A connection outside a transaction; to be left so."""
+        connection = self._take() or self._engine.connect()
+        try:
+            yield connection
+        except BaseException:
+            connection.close()  # whatever became of it, the pool knows
+            raise
+        if self._rests or connection.invalidated or connection.in_transaction():
+            connection.close()
+        else:
+            self._rests.append((connection, self._engine.pool, time.monotonic(), os.getpid()))
+
+    def _take(self) -> Connection | None:
+        try:
+            connection, pool, used, process = self._rests.pop()
+        except IndexError:
+            return None
+        if process != os.getpid():
+            _FORKED.append(connection)
+            return None
+        if pool is self._engine.pool and time.monotonic() - used < IDLE_S:
+            return connection
+        self._give_back(connection, pool, used)
+        return None
+
+    def _give_back(self, connection: Connection, pool: Any, used: float) -> None:
+        if pool is self._engine.pool:
+            connection.info["rests_since"] = used  # it may be broken by now: the pool asks those that rested for long
+        else:
+            connection.invalidate()  # the pool was replaced, because its connections are broken
+        connection.close()
+
+    def close(self) -> None:
+        """Give the connection back to the pool."""
+        while self._rests:
+            connection, pool, used, process = self._rests.pop()
+            if process == os.getpid():
+                self._give_back(connection, pool, used)
+
+
+_FORKED: list[Connection] = []
+"""Connections of the process that this one was forked from: kept for good, since they would be closed under it otherwise."""
 
 
 class _SQLiteCompiler(sqlite.base.SQLiteCompiler):
@@ -294,7 +362,7 @@ IDLE_S = 1.0
 
 
 def _note_use(connection: Any, record: Any) -> None:
-    record.info["used"] = time.monotonic()
+    record.info["used"] = record.info.pop("rests_since", None) or time.monotonic()
 
 
 def _ping_if_idle(connection: Any, record: Any, proxy: Any) -> None:
@@ -327,6 +395,15 @@ def _sqlite_connect(connection: Any, record: Any) -> None:
     # A page is written at a job's acceptance, its start and its end: copied into the database after each, or once.
     cursor.execute("PRAGMA wal_autocheckpoint=8000")
     cursor.close()
+
+
+def _wait_for_disk(connection: Connection, durable: bool) -> None:
+    """Whether the next transaction's commit does; SQLite takes no word about it within one."""
+    level = "FULL" if durable else "NORMAL"
+    if connection.info.get("synchronous", "FULL") != level:
+        raw: Any = connection.connection.dbapi_connection
+        raw.execute(f"PRAGMA synchronous={level}")
+        connection.info["synchronous"] = level
 
 
 def _sqlite_begin(connection: Connection) -> None:

@@ -46,6 +46,10 @@ _NONE = "-"
 _FLYING = (JobState.DISPATCHED, JobState.RUNNING)
 
 
+NOT_DURABLE = "(SELECT set_config('synchronous_commit', 'off', true)) IS NOT NULL"
+"""Condition of a statement of PostgreSQL's whose transaction need not wait for the disk at its commit: see `Database.write`."""
+
+
 statement_text = functools.cache(text)
 """Statements in words, taken apart once."""
 

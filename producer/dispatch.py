@@ -58,7 +58,7 @@ class Dispatcher:
         for queue in queues:
             window = LOOK
             while True:
-                hints = self.database.run(partial(step, queue=queue, window=window))
+                hints = self.database.run(partial(step, queue=queue, window=window), durable=False)
                 if not hints:
                     break
                 if not self.send(hints):

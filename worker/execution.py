@@ -218,7 +218,7 @@ class Executor:
 
         try:
             # Of one job there is only the claim itself: what may follow, where it was not to be had, may as well be missing.
-            claimed = self.database.run(work, whole=len(ids) > 1 or bool(self._unsure))
+            claimed = self.database.run(work, whole=len(ids) > 1 or bool(self._unsure), durable=False)
         except ServiceUnavailable as error:
             # Perhaps nothing was claimed; the next claim finds out. If none comes, the lease will expire.
             self._unsure.update(ids)
@@ -262,7 +262,7 @@ class Executor:
                 self._fronts.clear()
                 self._looked_whole_at = time.monotonic()
             failpoints.reached(failpoints.BEFORE_CLAIM)
-            claimed = self.database.run(work)
+            claimed = self.database.run(work, durable=False)
         except ServiceUnavailable as error:
             self._unsure.update(named)  # the next claim finds out
             log.warning("claim_failed", action="take", kind=spec.name, jobs=len(named), error=error.message)
@@ -632,7 +632,7 @@ class Executor:
         except TransientError as error:
             # Nothing was committed; tell the ledger, which knows how often to try again.
             told = error.to_dict()
-            stops = [Stop(m.claimed.id, m.claimed.attempt, told, phases) for m in members]
+            stops = [Stop(m.claimed.id, m.claimed.attempt, told, phases, self.worker) for m in members]
             self._commit(lambda conn: [lifecycle.stop(conn, s) for s in stops])
             log.warning("commit_refused", action="commit", kind=spec.name, code=error.code)
         except ServiceUnavailable as error:
@@ -717,7 +717,7 @@ class Executor:
                 member.error = classify(error)
         for one in (member, *member.followers):
             if member.error is not None:
-                stops.append(Stop(one.claimed.id, one.claimed.attempt, member.error.to_dict(), phases))
+                stops.append(Stop(one.claimed.id, one.claimed.attempt, member.error.to_dict(), phases, self.worker))
             else:
                 mine = tuple(models) if one is member else ()
                 successes.append(Success(one.claimed.id, one.claimed.attempt, tuple(artifacts), mine, one.result_key, None, phases, one.claimed))

@@ -274,8 +274,8 @@ def test_a_claim_whose_answer_was_lost_is_taken_up_again(database, executor, mak
     write = database.write
 
     @contextlib.contextmanager
-    def lost():
-        with write() as conn:
+    def lost(**how):
+        with write(**how) as conn:
             yield conn
         if len(calls) == 1:
             raise ServiceUnavailable("the connection to the database was lost")

@@ -236,6 +236,49 @@ def test_a_fenced_attempt_changes_nothing(database, make_jobs):
         assert [a["attempt"] for a in jobs.artifacts(conn, [job])[job]] == [2]
 
 
+def test_a_claim_that_a_crash_of_the_database_takes_back_is_fenced_by_name(database, make_jobs):
+    """Claims do not wait for the disk, so a number may be given twice; what the first to have it made is not taken for the second's."""
+    [job] = make_jobs()
+    before = row_of(database, job)
+    [old] = claim(database, [job], "w1")
+    with database.write() as conn:  # what the server's recovery would leave
+        conn.execute(update(Job).where(Job.id == job).values({Job.__table__.c[name]: value for name, value in before.items() if name != "place"}))
+    [new] = claim(database, [job], "w2")
+    assert new.attempt == old.attempt
+    late = Success(job, old.attempt, (artifact(),), claimed=old)
+    assert database.run(lambda conn: lifecycle.finish(conn, [late], "w1")) == []
+    error = {"type": "input", "code": "input", "message": "m"}
+    assert database.run(lambda conn: lifecycle.stop(conn, Stop(job, old.attempt, error, worker="w1"))) is None
+    assert state_of(database, job) == "running"
+    made = Success(job, new.attempt, (artifact(),), claimed=new)
+    assert database.run(lambda conn: lifecycle.finish(conn, [made], "w2")) == [job]
+    with database.read() as conn:
+        assert conn.execute(select(MicroBatch.worker)).scalars().all() == ["w2"]
+
+
+def test_who_dispatches_or_claims_does_not_wait_for_the_disk_and_who_accepts_or_finishes_does(database, make_jobs):
+    def waits(work, **options):
+        told = []
+
+        def looked(conn):
+            work(conn)
+            told.append(conn.exec_driver_sql("PRAGMA synchronous" if database.sqlite else "SHOW synchronous_commit").scalar_one())
+
+        database.run(looked, **options)
+        return told == [2 if database.sqlite else "on"]
+
+    def accept(conn):
+        lifecycle.insert_jobs(conn, [replace(job, id=new_id("job"))])
+
+    [first] = make_jobs()
+    row = row_of(database, first)
+    job = lifecycle.NewJob(first, row["project_id"], row["kind"], row["queue"], {"text": "x"}, row["share_key"], 0.1, 1)
+    assert waits(accept)
+    assert not waits(lambda conn: lifecycle.dispatch(conn, "text", cap_s=1e9), durable=False)
+    assert not waits(lambda conn: lifecycle.claim(conn, [first], "w", 30.0), durable=False)
+    assert waits(lambda conn: lifecycle.finish(conn, [Success(first, 1, (artifact(),))], "w"))
+
+
 def test_terminal_states_never_change(database, make_jobs):
     [job] = make_jobs()
     [claimed] = claim(database, [job])

@@ -32,8 +32,8 @@ def lose(database, monkeypatch):
         left = [1]
 
         @contextlib.contextmanager
-        def lost():
-            with write() as conn:
+        def lost(**how):
+            with write(**how) as conn:
                 yield conn
             if left:
                 left.pop()

@@ -406,7 +406,7 @@ class SimDatabase(Database):
         self._faults = session.faults(self.engine)
 
     @contextmanager
-    def write(self) -> Iterator[Any]:
+    def write(self, *, durable: bool = True) -> Iterator[Any]:
         world = self.world
         self._reach("write")
         died = False

@@ -12,6 +12,7 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -61,6 +62,10 @@ COMMIT_PATIENCE_S = 900.0
 """How long finished work waits for a ledger that is away, seconds; a worker that is told to stop waits no longer."""
 INSTANT_BYTES = 65_536
 """Outputs up to this size are looked up among those that were just stored before they are put."""
+BESIDE_S = {"postgresql": 0.1, "sqlite": 0.02}
+"""How long the transaction of a job that somebody waits for stays open for its uploads, seconds: on SQLite nobody else writes meanwhile."""
+APART_S = 60.0
+"""How long uploads are waited for before the transaction begins, after one that took longer than that or went wrong, seconds."""
 LOOK_REST_S = 0.15
 """Micro-batches that take less than this share looks at what the broker lacks: far less than it takes to work off half of what it may hold."""
 STAY_S = 5.0
@@ -87,6 +92,19 @@ def pick_device(wanted: str) -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+@dataclass(slots=True)
+class _Upload:
+    """An output on its way into the store."""
+
+    ends: "Future[NewArtifact]"
+    artifact: NewArtifact | None = None
+    """What it comes to, where that is known before it is there."""
+
+
+class _StillUploading(Exception):
+    """A commit that would have come before its objects: it was given up, nothing is written."""
+
+
 @dataclass(eq=False, slots=True)
 class _Member:
     """One job of a micro-batch on its way through the worker."""
@@ -94,7 +112,7 @@ class _Member:
     claimed: Claimed
     resolved: Resolved | None = None
     result_key: str | None = None
-    outputs: list["Future[NewArtifact] | NewArtifact"] = field(default_factory=list)
+    outputs: list["_Upload | NewArtifact"] = field(default_factory=list)
     models: list[NewModel] = field(default_factory=list)
     followers: list["_Member"] = field(default_factory=list)
     error: FactoryError | None = None
@@ -164,6 +182,7 @@ class Executor:
         self._flying: set[str] = set()
         self._unsure: set[str] = set()  # named by a claim that was not answered; whether it took effect, the next one asks
         self._uncleared: list[Scratch] = []
+        self._beside_after = 0.0
         # Objects that this process put a moment ago, with the time: equal outputs (an empty text, a silence) are put once. The
         # sweep takes nothing that is younger than its window, so a fraction of that is safe.
         self._put: dict[tuple[str, str, str], tuple[str, float]] = {}
@@ -548,15 +567,16 @@ class Executor:
 
     # --- after the runner ---
 
-    def _begin_upload(self, member: _Member, output: Output) -> "Future[NewArtifact] | NewArtifact":
+    def _begin_upload(self, member: _Member, output: Output) -> "_Upload | NewArtifact":
         """The artifact itself where the bytes lie in the store already, and there is nothing to wait for."""
-        data = output.data
+        data, claimed, artifact = output.data, member.claimed, None
         if isinstance(data, bytes) and len(data) <= INSTANT_BYTES:
             sha256 = hashlib.sha256(data).hexdigest()
-            key, at = self._put.get((member.claimed.project_id, sha256, output.media_type), ("", -1e9))
+            key, at = self._put.get((claimed.project_id, sha256, output.media_type), ("", -1e9))
+            artifact = _artifact(claimed, output, member.resolved, key or _key(claimed, output, sha256), sha256, len(data), "output")
             if time.monotonic() - at < self._put_s:
-                return _artifact(member.claimed, output, member.resolved, key, sha256, len(data), "output")
-        return self.uploads.submit(self._upload, member.claimed, output, member.resolved)
+                return artifact
+        return _Upload(self.uploads.submit(self._upload, claimed, output, member.resolved), artifact)
 
     def _upload(self, claimed: Claimed, output: Output, resolved: Resolved | None, role: str = "output") -> NewArtifact:
         """Encode and store one output; returns its row. Runs in an upload thread."""
@@ -567,7 +587,7 @@ class Executor:
             size = data.stat().st_size
         else:
             sha256, size = hashlib.sha256(data).hexdigest(), len(data)
-        key = artifact_key(claimed.project_id, sha256, suffix_for(output.media_type))
+        key = _key(claimed, output, sha256)
         began = time.monotonic()
         for left in reversed(range(3)):
             try:
@@ -590,28 +610,29 @@ class Executor:
         keys = [m.key for m in members]
         try:
             begun = time.monotonic()
-            successes = [replace(r, phases=phases) for r in reused.values()]
-            stops: list[Stop] = []
-            led = {follower for member in members for follower in member.followers}
-            for member in members:
-                # A follower is settled with its leader.
-                if member in reused or member in led or (member.error is None and member.resolved is None):
-                    continue
-                self._collect(member, successes, stops, phases)
-            phases["upload_s"] = time.monotonic() - begun
             learned = self.meter.due()
             known: dict[str, int] = {}
-            done: list[str] = []
             stopped: dict[str, JobState | None] = {}
 
-            def work(conn: Any) -> list[str]:
+            def settle(beside: bool) -> list[str]:
+                successes, stops = self._results(members, reused, phases, beside)
+                phases["upload_s"] = time.monotonic() - begun  # what only then goes on is part of the commit
+                return self._commit(partial(work, successes, stops, beside))
+
+            def work(successes: list[Success], stops: list[Stop], beside: bool, conn: Any) -> list[str]:
                 stopped.update({stop.job_id: lifecycle.stop(conn, stop) for stop in stops})
                 published = lifecycle.finish(conn, successes, self.worker)
                 known.update(limits.learn(conn, learned))
                 failpoints.reached(failpoints.IN_COMMIT)
+                if beside:
+                    _uploaded(members[0], BESIDE_S[self.database.dialect])
                 return published
 
-            done = self._commit(work)
+            try:
+                done = settle(self._goes_beside(members))
+            except _StillUploading:
+                self._beside_after = time.monotonic() + APART_S
+                done = settle(beside=False)
             self.meter.told(learned, known)
             failpoints.reached(failpoints.AFTER_COMMIT)
             if self.tracer:
@@ -627,7 +648,7 @@ class Executor:
                 self.database.run(lambda conn: counters.close_batches(conn, batch_ids))
             log.info(
                 "committed", action="commit", kind=spec.name, queue=spec.queue, job=members[0].claimed.id, succeeded=len(done),
-                stopped=len(stops), reused=len(reused), seconds=round(time.monotonic() - started, 3),
+                stopped=len(stopped), reused=len(reused), seconds=round(time.monotonic() - started, 3),
             )  # fmt: skip
         except TransientError as error:
             # Nothing was committed; tell the ledger, which knows how often to try again.
@@ -700,13 +721,37 @@ class Executor:
                     )
                 )  # fmt: skip
 
-    def _collect(self, member: _Member, successes: list[Success], stops: list[Stop], phases: Mapping[str, float]) -> None:
+    def _goes_beside(self, members: Sequence[_Member]) -> bool:
+        """Whether the statements of this commit go while the outputs are uploaded: of one job that somebody waits for, and only small outputs."""
+        one = members[0]
+        return (
+            len(members) == 1 and one.waited_for and not one.models and one.error is None and time.monotonic() > self._beside_after
+            and any(isinstance(output, _Upload) for output in one.outputs)
+            and all(isinstance(output, NewArtifact) or output.artifact for output in one.outputs)
+        )  # fmt: skip
+
+    def _results(
+        self, members: Sequence[_Member], reused: Mapping[_Member, Success], phases: dict[str, float], beside: bool
+    ) -> tuple[list[Success], list[Stop]]:
+        """What the members came to, after their uploads or, for what goes ``beside`` them, before."""
+        successes = [replace(r, phases=phases) for r in reused.values()]
+        stops: list[Stop] = []
+        led = {follower for member in members for follower in member.followers}
+        for member in members:
+            # A follower is settled with its leader.
+            if member in reused or member in led or (member.error is None and member.resolved is None):
+                continue
+            self._collect(member, successes, stops, phases, beside)
+        return successes, stops
+
+    def _collect(self, member: _Member, successes: list[Success], stops: list[Stop], phases: Mapping[str, float], beside: bool) -> None:
         """One computed member and those that follow it: results if every upload arrived, the error otherwise."""
         artifacts: list[NewArtifact] = []
         models: list[dict[str, Any]] = []
         for output in member.outputs:
             try:
-                artifacts.append(output if isinstance(output, NewArtifact) else output.result())
+                known = output.artifact if beside and isinstance(output, _Upload) else None
+                artifacts.append(output if isinstance(output, NewArtifact) else known or output.ends.result())
             except Exception as error:
                 member.error = member.error or classify(error)
         if member.error is None:
@@ -746,6 +791,25 @@ class Executor:
         confined.close()
         self.dispatcher.publisher.close()
         self.database.close()
+
+
+def _uploaded(member: _Member, patience_s: float) -> None:
+    """Wait for the objects without which the transaction must not be committed.
+
+    Raises:
+        _StillUploading: If that takes longer, or one goes wrong.
+    """
+    end = time.monotonic() + patience_s
+    try:
+        for output in member.outputs:
+            if isinstance(output, _Upload):
+                output.ends.result(max(0.0, end - time.monotonic()))
+    except Exception as error:
+        raise _StillUploading from error
+
+
+def _key(claimed: Claimed, output: Output, sha256: str) -> str:
+    return artifact_key(claimed.project_id, sha256, suffix_for(output.media_type))
 
 
 def _artifact(claimed: Claimed, output: Output, resolved: Resolved | None, key: str, sha256: str, size: int, role: str) -> NewArtifact:

@@ -109,6 +109,66 @@ def test_a_group_is_run_once_and_committed(database, executor, act):
     assert {"wait_s", "inputs_s", "compute_s", "upload_s"} <= set(phases)
 
 
+@pytest.fixture
+def commits(monkeypatch):
+    """Set as soon as the statements of a commit have gone; counts them."""
+    gone, finish = threading.Event(), lifecycle.finish
+    gone.count = 0
+
+    def noted(*args):
+        done = finish(*args)
+        gone.count += 1
+        gone.set()
+        return done
+
+    monkeypatch.setattr(lifecycle, "finish", noted)
+    return gone
+
+
+def _put_by(executor, monkeypatch, before):
+    put = executor.store.put
+
+    def later(*args, **options):
+        before()
+        return put(*args, **options)
+
+    monkeypatch.setattr(executor.store, "put", later)
+
+
+def test_statements_for_one_who_is_waited_for_go_beside_its_upload_and_the_commit_after_it(database, executor, act, make_jobs, commits, monkeypatch):
+    monkeypatch.setattr("worker.execution.BESIDE_S", dict.fromkeys(("sqlite", "postgresql"), 10.0))
+    ids = make_jobs(1, kind="trial.act", params={"text": "one"}, seed=0, priority=100)
+    before = []
+    _put_by(executor, monkeypatch, lambda: before.append((commits.wait(10), states(database, ids))))
+    act.again(*ids)
+    assert before == [(True, ["running"])]
+    assert states(database, ids) == ["succeeded"]
+    assert contents(database, executor, ids[0]) == ["one:0"]
+    assert commits.count == 1
+
+
+def test_an_upload_that_takes_its_time_holds_no_transaction(database, executor, act, commits, monkeypatch):
+    monkeypatch.setattr("worker.execution.BESIDE_S", dict.fromkeys(("sqlite", "postgresql"), 0.02))
+    _put_by(executor, monkeypatch, lambda: time.sleep(0.3))
+    assert states(database, act("one", priority=100)) == ["succeeded"]
+    assert commits.count == 2  # the first was given up
+    assert states(database, act("two", priority=100)) == ["succeeded"]
+    assert commits.count == 3  # and is not tried again at once
+
+
+def test_an_upload_that_fails_beside_its_commit_leaves_nothing(database, executor, act, commits, monkeypatch):
+    def refuse():
+        raise TransientError("the store is full", code="storage")
+
+    monkeypatch.setattr("worker.execution.time.sleep", lambda seconds: None)
+    _put_by(executor, monkeypatch, refuse)
+    ids = act("one", priority=100)
+    assert states(database, ids) == ["queued"]
+    with database.read() as conn:
+        assert jobs.artifacts(conn, ids) == {}
+        assert conn.execute(select(Job.error)).scalar_one()["code"] == "storage"
+
+
 def test_one_bad_job_leaves_its_neighbours_alone(database, act):
     assert states(database, act("one", "input", "three")) == ["succeeded", "failed", "succeeded"]
 

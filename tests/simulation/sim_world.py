@@ -719,6 +719,8 @@ class SimFuture(Future):  # type: ignore[type-arg]
             Stage.world.park(self)
 
     def result(self, timeout: float | None = None) -> Any:
+        if Stage.world.in_transaction and not self.done():
+            raise TimeoutError  # nothing else happens within a transaction here: it would be waited for in vain
         self.settled()
         return super().result(0)
 

@@ -142,7 +142,7 @@ def charge(conn: Connection, queue: str, virtual: Mapping[str, float], clock: fl
     if clock is not None and len(virtual) == 1 and conn.dialect.name == "postgresql":
         # Both in one round trip: a queue is mostly served one project at a time, and whoever is next waits for it.
         [(project, seconds)] = virtual.items()
-        prepared.run(conn, _CHARGED_ALONE, charged(queue, project, seconds, clock, moved=True))
+        prepared.run(conn, _CHARGED_ALONE, (queue, project, seconds, waiting.clock_name(queue), clock))
         return
     rows = [{"p_queue": queue, "p_project": project, "p_seconds": virtual[project]} for project in sorted(virtual)]
     prepared.many(conn, _charged(conn.dialect.name), rows)
@@ -170,18 +170,9 @@ def _marked(dialect: str) -> Any:
     return statement.on_conflict_do_update(index_elements=[Mark.c.name], set_={"value": statement.excluded.value})
 
 
-CHARGED = """\
-charged AS (
-INSERT INTO shares (queue, project_id, virtual_seconds) SELECT %s, %s, CAST(%s AS DOUBLE PRECISION) FROM {by}
+_CHARGED_ALONE = """\
+WITH charged AS (
+INSERT INTO shares (queue, project_id, virtual_seconds) VALUES (%s, %s, %s)
 ON CONFLICT (queue, project_id) DO UPDATE SET virtual_seconds = excluded.virtual_seconds
-), marked AS (
-INSERT INTO marks (name, value) SELECT %s, CAST(%s AS DOUBLE PRECISION) FROM {by} WHERE CAST(%s AS BOOLEAN)
-ON CONFLICT (name) DO UPDATE SET value = excluded.value
-)"""
-"""A project's charge and the queue's clock as parts of a statement of PostgreSQL's: written only where its part ``by`` has a row."""
-_CHARGED_ALONE = f"WITH always AS (SELECT 1), {CHARGED.format(by='always')} SELECT 1"
-
-
-def charged(queue: str, project_id: str, virtual_seconds: float, clock: float, moved: bool) -> tuple[Any, ...]:
-    """Values for `CHARGED`: where the project stands, and the queue's clock if that has ``moved``."""
-    return queue, project_id, virtual_seconds, waiting.clock_name(queue), clock, moved
+)
+INSERT INTO marks (name, value) VALUES (%s, %s) ON CONFLICT (name) DO UPDATE SET value = excluded.value"""

@@ -14,17 +14,21 @@ from functools import cache
 from typing import Any
 
 from sqlalchemy import (
+    BigInteger,
     ColumnElement,
     Connection,
     Double,
+    String,
     and_,
     bindparam,
+    cast,
     delete,
     func,
     insert,
     null,
     or_,
     select,
+    true,
     update,
 )
 
@@ -34,7 +38,7 @@ from contentfactory.ids import new_id
 from contentfactory.jobs.spec import RetryPolicy, get_kind
 from contentfactory.states import TERMINAL, BatchState, JobState
 from db import ended, prepared, waiting
-from db.choice import CHARGED, Hint, Room, charge, charged, choose
+from db.choice import Hint, Room, charge, choose
 from db.ended import NewArtifact
 from db.places import any_of
 from db.prepared import BINARY
@@ -65,6 +69,7 @@ from db.tables import (
     ModelVersion,
     Project,
     Queue,
+    Share,
     Worker,
 )
 from db.waiting import HELD_BATCHES, PAUSED_PROJECTS
@@ -240,31 +245,68 @@ def insert_alike(conn: Connection, project_id: str, kind: str, each: Iterable[tu
     ))  # fmt: skip
 
 
-def accept_alone(conn: Connection, job: NewJob) -> tuple[int, Hint | None]:
-    """Accept a job of no batch and, if its queue is idle, dispatch it with the same row: nothing waits there and nothing is on the broker.
+def accept_alone(conn: Connection, job: NewJob) -> Hint | None:
+    """Accept a job of no batch and without parents if its queue is idle, and dispatch it with the same row: nothing waits there and nothing
+    is on the broker. Then there is nothing to weigh, and somebody waits for it.
 
-    Then there is nothing to weigh, and somebody waits for it. In all other cases `dispatch` decides.
+    On PostgreSQL that is a single statement, which needs no transaction around it.
 
     Returns:
-        Rows that were new, as by `insert_jobs`, and the hint to publish after the commit; None where the job still waits.
+        The hint to publish after the commit. None where nothing was written, because the queue is not idle or the job (or its key) is
+        there already: accept it by `insert_jobs`, and let `dispatch` decide.
     """
-    idle = None if job.parents or not _turn(conn, job.queue, patient=False) else waiting.idle(conn, job.queue, job.project_id)
+    lock = f"dispatch:{job.queue}"
+    if conn.dialect.name == "postgresql":
+        given = dict(zip(_ROW, _row(job, "dispatched", 0, 0.0, 0), strict=True))
+        values = {f"p_{name}": _ascii(given[name]) if name in _JSON else given[name] for name in _GIVEN}
+        found = prepared.scalars(conn, _accepted_alone(), {**waiting.idle_values(job.queue, job.project_id), **values, "p_lock": lock})
+        return Hint(job.kind, job.queue, job.priority, (job.id,), found[0]) if found else None
+    idle = waiting.idle(conn, job.queue, job.project_id)
     if idle is None:
-        return insert_jobs(conn, [job]), None
+        return None
     at, begins = float(idle.at), max(idle.virtual_seconds or 0.0, idle.clock)
     row = {**dict(zip(_ROW, _row(job, "dispatched", 0, at, _rank(at)), strict=True)), "dispatched_at": at}
-    ends, moved = begins + job.seconds / max(idle.weight, 1e-6), begins > idle.clock
-    if conn.dialect.name == "postgresql":
-        new = bool(prepared.run(conn, _accepted_alone(tuple(row)), [*_values(row), *charged(job.queue, job.project_id, ends, begins, moved)]))
-    elif new := bool(_insert_new(conn, Job, [row])):
-        charge(conn, job.queue, {job.project_id: ends}, begins if moved else None)
-    return (1, Hint(job.kind, job.queue, job.priority, (job.id,), at)) if new else (0, None)
+    if not _insert_new(conn, Job, [row]):
+        return None
+    charge(conn, job.queue, {job.project_id: begins + job.seconds / max(idle.weight, 1e-6)}, begins if begins > idle.clock else None)
+    return Hint(job.kind, job.queue, job.priority, (job.id,), at)
+
+
+def hint_of(conn: Connection, job: NewJob) -> Hint | None:
+    """The hint of a job that `accept_alone` dispatched, for who did not get its answer; None where it is not dispatched (any more)."""
+    at = conn.execute(select(Job.c.dispatched_at).where(Job.c.id == job.id, was(JobState.DISPATCHED))).scalar()
+    return None if at is None else Hint(job.kind, job.queue, job.priority, (job.id,), float(at))
+
+
+_GIVEN = tuple(name for name in _ROW if name not in ("rank", "created_at"))
+"""Columns of `_ROW` whose values do not depend on the time."""
 
 
 @cache
-def _accepted_alone(columns: tuple[str, ...]) -> str:
-    """The row, and if it is new its charge, in one round trip."""
-    return f"WITH job AS ({_insert_one('postgresql', Job, columns)}), {CHARGED.format(by='job')} SELECT id FROM job"  # noqa: S608 - names of our own
+def _accepted_alone() -> Any:
+    """PostgreSQL's: the row, and if it was written its charge.
+
+    Whether the queue is idle is as of the statement's beginning, and the turn to dispatch from it is taken a moment later: who had it in between
+    has sent a job and charged for it, which this one then follows. So charge and clock only move on.
+    """
+    idle = waiting.IDLE.where(func.pg_try_advisory_xact_lock(func.hashtext(bindparam("p_lock", type_=String)))).cte("idle")
+    begins = func.greatest(func.coalesce(idle.c.virtual_seconds, 0.0), idle.c.clock)
+    ends = begins + bindparam("p_seconds", type_=Double) / func.greatest(idle.c.weight, 1e-6)
+    rank = cast(func.floor(idle.c.at * 1000), BigInteger) * 1_000_000
+    types = {name: Job.c[name].type for name in _GIVEN}
+    values = [cast(bindparam(f"p_{n}", type_=String), t) if n in _JSON else bindparam(f"p_{n}", type_=t) for n, t in types.items()]
+    made = select(*values, rank, idle.c.at, idle.c.at)
+    row = upsert("postgresql", Job).from_select([*_GIVEN, "rank", "created_at", "dispatched_at"], made, include_defaults=False)
+    job = row.on_conflict_do_nothing().returning(Job.c.dispatched_at).cte("job")
+    both = idle.join(job, true())
+    where = bindparam("p_queue", type_=String), bindparam("p_project_id", type_=String)
+    share = upsert("postgresql", Share).from_select(["queue", "project_id", "virtual_seconds"], select(*where, ends).select_from(both))
+    further = func.greatest(Share.c.virtual_seconds, share.excluded.virtual_seconds)
+    share = share.on_conflict_do_update(index_elements=[Share.c.queue, Share.c.project_id], set_={"virtual_seconds": further})
+    clock = select(bindparam("clock", type_=String), begins).select_from(both).where(begins > idle.c.clock)
+    mark = upsert("postgresql", Mark).from_select(["name", "value"], clock)
+    mark = mark.on_conflict_do_update(index_elements=[Mark.c.name], set_={"value": func.greatest(Mark.c.value, mark.excluded.value)})
+    return select(job.c.dispatched_at).add_cte(share.cte("charged"), mark.cte("marked"))
 
 
 def _rank(accepted: float) -> int:

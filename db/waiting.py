@@ -126,7 +126,7 @@ def at_work(conn: Connection, queue: str, within_s: float = TAKING_S) -> int:
     return int(prepared.scalars(conn, _AT_WORK, {"queue": queue, "within_s": within_s})[0])
 
 
-_IDLE = (
+IDLE = (
     select(now().label("at"), Project.c.weight, Share.c.virtual_seconds, Mark.c.value.label("clock"))
     .select_from(
         Project.join(Mark, Mark.c.name == bindparam("clock"))
@@ -137,14 +137,18 @@ _IDLE = (
     .where(~select(Job.c.id).where(Job.c.queue == bindparam("queue"), has_state(JobState.DISPATCHED)).exists())
     .where(~select(Job.c.id).where(Job.c.queue == bindparam("queue"), has_state(JobState.QUEUED)).exists())
 )  # fmt: skip
+"""Time (``at``), the queue's ``clock``, and the project's ``weight`` and ``virtual_seconds`` (None where it has none yet). No row where
+anything is on the broker or waits, where the queue or the project is paused, or where the queue has no clock yet."""
 
 
 def idle(conn: Connection, queue: str, project_id: str) -> Any:
-    """Time (``at``), the queue's ``clock``, and the project's ``weight`` and ``virtual_seconds`` (None where it has none yet).
+    """The row of `IDLE`, None where there is none."""
+    return prepared.one(conn, IDLE, idle_values(queue, project_id))
 
-    None where anything is on the broker or waits, where the queue or the project is paused, or where the queue has no clock yet.
-    """
-    return prepared.one(conn, _IDLE, {"queue": queue, "project": project_id, "clock": clock_name(queue)})
+
+def idle_values(queue: str, project_id: str) -> dict[str, Any]:
+    """Parameters of `IDLE`."""
+    return {"queue": queue, "project": project_id, "clock": clock_name(queue)}
 
 
 def clock_name(queue: str) -> str:

@@ -122,7 +122,8 @@ class Producer:
         chosen = seed if seed is not None else int.from_bytes(os.urandom(4), "big") >> 1
         hints: list[Hint] = []
 
-        def work(conn: Any) -> str:
+        def look(conn: Any) -> lifecycle.NewJob | str:
+            """The job to accept, or the id of the one that was accepted by the same key."""
             if idempotency_key is not None:
                 earlier = jobs.by_key(conn, project_id, idempotency_key)
                 if earlier is not None:
@@ -135,25 +136,39 @@ class Producer:
             model = ModelPins(conn, project_id).pin(spec, getattr(parsed, "model", None))
             self._check_artifacts(conn, project_id, parsed)
             pinned = _pin_datasets(conn, project_id, parsed)
-            row = lifecycle.NewJob(
+            return lifecycle.NewJob(
                 id=job_id, project_id=project_id, kind=spec.name, queue=spec.queue, params=pinned.model_dump(mode="json"),
                 share_key=spec.share_key(parsed, model), seconds=estimate(spec, parsed), seed=chosen, model=model,
                 priority=priority, parents=parents, reuse=reuse and spec.cacheable and self.settings.reuse_results,
                 idempotency_key=idempotency_key, request_hash=request_hash, labels=dict(labels or {}),
             )  # fmt: skip
-            if self.dispatcher and priority >= Priority.INTERACTIVE:
-                # Somebody waits for it: one transaction instead of two. A repeat of it may send the hint twice, which does no harm.
-                new, hint = lifecycle.accept_alone(conn, row)
-                if hint:
-                    hints.append(hint)
-            else:
-                new = lifecycle.insert_jobs(conn, [row])
-            if not new and jobs.get(conn, project_id, job_id) is None:
-                # Not our own earlier try, whose answer was lost: somebody else committed the same key between our look and our insert: look again.
-                raise ServiceUnavailable("the same idempotency key is being accepted right now", code="busy")
+
+        def alone(conn: Any) -> str | None:
+            row = look(conn)
+            if isinstance(row, str):
+                return row
+            hint = lifecycle.accept_alone(conn, row)
+            hints.extend([hint] if hint else [])
+            return job_id if hint else None
+
+        def work(conn: Any) -> str:
+            row = look(conn)
+            if isinstance(row, str):
+                return row
+            if not lifecycle.insert_jobs(conn, [row]):
+                if jobs.get(conn, project_id, job_id) is None:
+                    # Somebody else committed the same key between our look and our insert: look again.
+                    raise ServiceUnavailable("the same idempotency key is being accepted right now", code="busy")
+                # Our own earlier try, whose answer was lost, and with it the word that it was dispatched. A second hint does no harm.
+                hint = lifecycle.hint_of(conn, row)
+                hints.extend([hint] if hint else [])
             return job_id
 
-        made = self.database.run(work)
+        made: str | None = None
+        if self.dispatcher and priority >= Priority.INTERACTIVE and not parents:
+            # Somebody waits for it: one transaction instead of two, and on PostgreSQL one statement.
+            made = self.database.run(alone, whole=False)
+        made = made or self.database.run(work)
         if made == job_id:
             self.kick([spec.queue], hints=hints)
         return made

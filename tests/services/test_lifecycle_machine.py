@@ -269,7 +269,8 @@ class Lifecycle(RuleBasedStateMachine):
                 batches.advance(conn, batch, 0, n, n)
             if alone:
                 clocked = conn.execute(select(Mark.value).where(Mark.name == waiting.clock_name("text"))).scalar() is not None
-                new, sent = lifecycle.accept_alone(conn, rows[0])
+                sent = None if rows[0].parents else lifecycle.accept_alone(conn, rows[0])
+                new = 1 if sent else lifecycle.insert_jobs(conn, rows)
             else:
                 new = lifecycle.insert_jobs(conn, rows)
             if batch:

@@ -84,6 +84,26 @@ def test_an_interactive_job_of_an_idle_queue_is_accepted_and_dispatched_in_one_t
     assert share_of(database, project) == pytest.approx(before + 2), "it is charged like any other"
 
 
+def test_one_whose_answer_was_lost_is_sent_all_the_same(database, producer, monkeypatch):
+    accept = lifecycle.accept_alone
+    monkeypatch.setattr(lifecycle, "accept_alone", lambda conn, row: (accept(conn, row), None)[1])
+    job = producer.submit("text.echo", {"text": "x"}, priority=Priority.INTERACTIVE)
+    [hint] = producer.publisher.hints
+    assert (hint.ids, hint.dispatched_at) == ((job,), row_of(database, job).dispatched_at)
+
+
+def test_what_the_row_says_is_the_same_either_way(database, producer):
+    """Written by one statement on an idle queue, and by the ordinary way while something is on the broker."""
+    labels, params = {"ü": "\ud800"}, {"text": "ß \\ \t %s 'x'\n"}
+    ids = [producer.submit("text.echo", params, priority=Priority.INTERACTIVE, seed=5, labels=labels, idempotency_key=f"key {n}") for n in range(2)]
+    with database.read() as conn:
+        alone, other = ({**conn.execute(select(Job).where(Job.id == i)).mappings().one(), "id": "", "idempotency_key": ""} for i in ids)
+    for name in ("created_at", "dispatched_at", "rank"):
+        assert 0 <= other.pop(name) - alone.pop(name) < 10 * (1e9 if name == "rank" else 1)
+    assert alone == other
+    assert alone["params"]["text"] == params["text"]
+
+
 @pytest.mark.parametrize("why", ["bulk", "something waits", "something is on the broker"])
 def test_otherwise_the_dispatcher_decides(database, producer, commits, why, monkeypatch):
     if why == "something waits":
@@ -148,7 +168,8 @@ def test_who_accepts_does_not_wait_for_who_dispatches(database, producer):
     with database.write() as holder:
         lifecycle.dispatch(holder, "text", cap_s=10)
         with database.engine.begin() as conn:
-            assert lifecycle.accept_alone(conn, row) == (1, None)
+            assert lifecycle.accept_alone(conn, row) is None
+            assert lifecycle.insert_jobs(conn, [row]) == 1
     assert row_of(database, row.id).state == "queued"
 
 

@@ -16,7 +16,14 @@ from contentfactory.states import JobState
 from db import prepared
 from db.session import upsert
 from db.sql import among_given, dumps, insert_rows, insertion, packed
-from db.tables import Artifact, BatchDelta, Dependency, Event, MicroBatch
+from db.tables import (
+    Artifact,
+    BatchDelta,
+    Dependency,
+    DoomedObject,
+    Event,
+    MicroBatch,
+)
 
 # Columns of the rows, in the order in which their values are given.
 MICRO_BATCH = ("id", "kind", "queue", "worker", "jobs", "started_at", "finished_at", "phases")
@@ -56,10 +63,10 @@ def artifact_row(artifact_id: str, position: int, a: NewArtifact, job_id: str, a
 
 
 def leave(conn: Connection, artifacts: Sequence[tuple[Any, ...]], micro_batches: Sequence[Mapping[str, Any]], told: Sequence[tuple[Any, ...]],
-          parents: Sequence[str]) -> list[str]:  # fmt: skip
+          parents: Sequence[str], keys: Collection[str]) -> tuple[list[str], tuple[str, float] | None]:  # fmt: skip
     """Write what successful jobs leave behind, and find who waits for them.
 
-    Nearly always that is one micro-batch with one event: on PostgreSQL these, the artifact of a single job and the question go in one round trip.
+    Nearly always that is one micro-batch with one event: on PostgreSQL these, the artifact of a single job and the questions go in one round trip.
 
     Args:
         conn: Connection in a write transaction.
@@ -67,9 +74,10 @@ def leave(conn: Connection, artifacts: Sequence[tuple[Any, ...]], micro_batches:
         micro_batches: Values of `MICRO_BATCH`, by name.
         told: Values of `EVENT`.
         parents: Ids of the jobs.
+        keys: Keys of the artifacts' objects.
 
     Returns:
-        Ids of those who wait, as often as for how many of them.
+        Ids of those who wait, as often as for how many of them, and the `newest_mark` on the objects.
     """
     dialect = conn.dialect.name
     together = dialect == "postgresql" and len(micro_batches) == len(told) == 1
@@ -79,12 +87,13 @@ def leave(conn: Connection, artifacts: Sequence[tuple[Any, ...]], micro_batches:
     if together:
         [ran_in], [event] = micro_batches, told
         known = {**ran_in, "phases": dumps(ran_in["phases"]) if ran_in["phases"] else None}
-        values = (*(known[name] for name in MICRO_BATCH), *event, *(artifacts[0] if one else ()), packed(dialect, parents))
-        return [row[0] for row in prepared.run(conn, _left(one), values)]
+        questions = packed(dialect, parents), packed(dialect, keys)
+        found = prepared.run(conn, _left(one), (*(known[name] for name in MICRO_BATCH), *event, *(artifacts[0] if one else ()), *questions))
+        return [child for child, key, _ in found if key is None], next(((key, at) for _, key, at in found if key is not None), None)
     if micro_batches:
         conn.execute(_micro_batches(dialect), list(micro_batches))
     insert_rows(conn, Event, EVENT, told)
-    return [child for child, _ in children(conn, parents)]
+    return [child for child, _ in children(conn, parents)], newest_mark(conn, keys)
 
 
 @cache
@@ -93,7 +102,24 @@ def _left(artifact: bool) -> str:
     if artifact:
         parts.append(insertion("postgresql", Artifact, ARTIFACT))
     written = ", ".join(f"part{n} AS ({part})" for n, part in enumerate(parts))
-    return f"WITH {written} SELECT job_id FROM {Dependency.name} WHERE parent_id = ANY(CAST(%s AS VARCHAR[]))"  # noqa: S608 - names of our own
+    children = f"SELECT job_id, NULL, NULL FROM {Dependency.name} WHERE parent_id = ANY(CAST(%s AS VARCHAR[]))"  # noqa: S608 - names of our own
+    marks = f"SELECT NULL, object_key, at FROM {DoomedObject.name} WHERE object_key = ANY(CAST(%s AS VARCHAR[])) ORDER BY at DESC LIMIT 1"  # noqa: S608
+    return f"WITH {written} {children} UNION ALL ({marks})"
+
+
+def newest_mark(conn: Connection, keys: Collection[str]) -> tuple[str, float] | None:
+    """The object of these that was last marked to be deleted, and when; None where none is."""
+    if not keys:
+        return None
+    dialect = conn.dialect.name
+    found = prepared.rows(conn, _newest_mark(dialect), {"p_keys": packed(dialect, keys)})
+    return tuple(found[0]) if found else None
+
+
+@cache
+def _newest_mark(dialect: str) -> Any:
+    query = select(DoomedObject.c.object_key, DoomedObject.c.at).where(among_given(dialect, DoomedObject.c.object_key, "p_keys"))
+    return query.order_by(DoomedObject.c.at.desc()).limit(1)
 
 
 @cache

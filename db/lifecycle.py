@@ -62,7 +62,6 @@ from db.tables import (
     Attempt,
     Batch,
     Dependency,
-    DoomedObject,
     Event,
     Job,
     Mark,
@@ -737,7 +736,6 @@ def finish(conn: Connection, results: Sequence[Success], worker: str | None = No
     if not done:
         return []
     at = max([row[_FINISHED_AT] for row in done.values()])
-    _refuse_marked(conn, {a.object_key for r in published for a in r.artifacts}, list(done))
     _refuse_gone(conn, {a.object_key for r in published if r.reused_from for a in r.artifacts})
     artifacts: list[tuple[Any, ...]] = []
     attempts: list[tuple[Any, ...]] = []
@@ -769,7 +767,10 @@ def finish(conn: Connection, results: Sequence[Success], worker: str | None = No
     ended.count(conn, rows, JobState.SUCCEEDED, reused={r.job_id for r in published if r.reused_from})
     # In order: two commits may end parts of the same micro-batches, and each waits for the other's row.
     ran_in = [group for _, group in sorted(groups.items())]
-    _unblock(conn, ended.leave(conn, artifacts, ran_in, ended.events(rows, JobState.SUCCEEDED, at), list(done)))
+    keys = {a.object_key for r in published for a in r.artifacts}
+    waiting_for, marked = ended.leave(conn, artifacts, ran_in, ended.events(rows, JobState.SUCCEEDED, at), list(done), keys)
+    _refuse_marked(conn, marked, list(done))
+    _unblock(conn, waiting_for)
     return list(done)
 
 
@@ -863,7 +864,7 @@ def refuse_doomed(conn: Connection, keys: Collection[str], jobs: Sequence[str] =
         return
     if conn.dialect.name == "postgresql":
         conn.execute(statement_text(f"SELECT {_NO_SWEEP}"))
-    _refuse_marked(conn, keys, jobs)
+    _refuse_marked(conn, ended.newest_mark(conn, keys), jobs)
 
 
 _NO_SWEEP = "pg_advisory_xact_lock_shared(hashtext('factory:sweep'))"
@@ -871,25 +872,16 @@ _NO_SWEEP = "pg_advisory_xact_lock_shared(hashtext('factory:sweep'))"
 it began."""
 
 
-def _refuse_marked(conn: Connection, keys: Collection[str], jobs: Sequence[str]) -> None:
-    """`refuse_doomed` for a transaction that has the lock."""
-    if not keys:
-        return
-    dialect = conn.dialect.name
-    newest = prepared.one(conn, _newest_mark(dialect), {"p_keys": packed(dialect, keys)})
+def _refuse_marked(conn: Connection, newest: tuple[str, float] | None, jobs: Sequence[str]) -> None:
+    """`refuse_doomed` for a transaction that had the lock when it looked for the ``newest`` mark."""
     if newest is None:
         return
+    key, at = newest
     begun = conn.execute(select(func.min(Job.c.started_at)).where(among(conn, Job.c.id, jobs))).scalar() if jobs else None
     # A worker may have put the same bytes for an earlier job and not again for this one (`Executor._put`, a minute at most).
     put_at = begun - MARK_S if begun is not None else database_time(conn) - MARK_S
-    if newest.at > put_at - MARK_S:
-        raise TransientError(f"object {newest.object_key} is being swept; it must be stored again", code="object_swept")
-
-
-@cache
-def _newest_mark(dialect: str) -> Any:
-    query = select(DoomedObject.c.at, DoomedObject.c.object_key).where(among_given(dialect, DoomedObject.c.object_key, "p_keys"))
-    return query.order_by(DoomedObject.c.at.desc()).limit(1)
+    if at > put_at - MARK_S:
+        raise TransientError(f"object {key} is being swept; it must be stored again", code="object_swept")
 
 
 def _refuse_gone(conn: Connection, keys: Collection[str]) -> None:

@@ -62,8 +62,8 @@ COMMIT_PATIENCE_S = 900.0
 """How long finished work waits for a ledger that is away, seconds; a worker that is told to stop waits no longer."""
 INSTANT_BYTES = 65_536
 """Outputs up to this size are looked up among those that were just stored before they are put."""
-BESIDE_S = {"postgresql": 0.1, "sqlite": 0.02}
-"""How long the transaction of a job that somebody waits for stays open for its uploads, seconds: on SQLite nobody else writes meanwhile."""
+BESIDE_S = 0.1
+"""How long the transaction of a job that somebody waits for stays open for its uploads, seconds."""
 APART_S = 60.0
 """How long uploads are waited for before the transaction begins, after one that took longer than that or went wrong, seconds."""
 LOOK_REST_S = 0.15
@@ -625,7 +625,7 @@ class Executor:
                 known.update(limits.learn(conn, learned))
                 failpoints.reached(failpoints.IN_COMMIT)
                 if beside:
-                    _uploaded(members[0], BESIDE_S[self.database.dialect])
+                    _uploaded(members[0])
                 return published
 
             try:
@@ -722,10 +722,14 @@ class Executor:
                 )  # fmt: skip
 
     def _goes_beside(self, members: Sequence[_Member]) -> bool:
-        """Whether the statements of this commit go while the outputs are uploaded: of one job that somebody waits for, and only small outputs."""
+        """Whether the statements of this commit go while the outputs are uploaded: of one job that somebody waits for, and only small outputs.
+
+        On SQLite they take a fraction of what the upload does, and nobody else could write meanwhile.
+        """
         one = members[0]
         return (
-            len(members) == 1 and one.waited_for and not one.models and one.error is None and time.monotonic() > self._beside_after
+            not self.database.sqlite and len(members) == 1 and one.waited_for and not one.models and one.error is None
+            and time.monotonic() > self._beside_after
             and any(isinstance(output, _Upload) for output in one.outputs)
             and all(isinstance(output, NewArtifact) or output.artifact for output in one.outputs)
         )  # fmt: skip
@@ -793,13 +797,13 @@ class Executor:
         self.database.close()
 
 
-def _uploaded(member: _Member, patience_s: float) -> None:
+def _uploaded(member: _Member) -> None:
     """Wait for the objects without which the transaction must not be committed.
 
     Raises:
         _StillUploading: If that takes longer, or one goes wrong.
     """
-    end = time.monotonic() + patience_s
+    end = time.monotonic() + BESIDE_S
     try:
         for output in member.outputs:
             if isinstance(output, _Upload):

@@ -135,8 +135,9 @@ def _put_by(executor, monkeypatch, before):
     monkeypatch.setattr(executor.store, "put", later)
 
 
+@pytest.mark.parametrize("database", ["postgresql"], indirect=True)
 def test_statements_for_one_who_is_waited_for_go_beside_its_upload_and_the_commit_after_it(database, executor, act, make_jobs, commits, monkeypatch):
-    monkeypatch.setattr("worker.execution.BESIDE_S", dict.fromkeys(("sqlite", "postgresql"), 10.0))
+    monkeypatch.setattr("worker.execution.BESIDE_S", 10.0)
     ids = make_jobs(1, kind="trial.act", params={"text": "one"}, seed=0, priority=100)
     before = []
     _put_by(executor, monkeypatch, lambda: before.append((commits.wait(10), states(database, ids))))
@@ -147,8 +148,9 @@ def test_statements_for_one_who_is_waited_for_go_beside_its_upload_and_the_commi
     assert commits.count == 1
 
 
+@pytest.mark.parametrize("database", ["postgresql"], indirect=True)
 def test_an_upload_that_takes_its_time_holds_no_transaction(database, executor, act, commits, monkeypatch):
-    monkeypatch.setattr("worker.execution.BESIDE_S", dict.fromkeys(("sqlite", "postgresql"), 0.02))
+    monkeypatch.setattr("worker.execution.BESIDE_S", 0.02)
     _put_by(executor, monkeypatch, lambda: time.sleep(0.3))
     assert states(database, act("one", priority=100)) == ["succeeded"]
     assert commits.count == 2  # the first was given up

@@ -1,41 +1,39 @@
 """Accepting: validated jobs become rows in one transaction; only then is anybody told, and only then is anything sent."""
 
-import gzip
 import hashlib
 import os
 import random
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import structlog
 
-from contentfactory.errors import Conflict, FactoryError, InputError, NotFound, ServiceUnavailable
-from contentfactory.fastjson import dumps_sorted, loads
-from contentfactory.ids import is_id, new_id, stable_seed
-from contentfactory.jobs.spec import Params, canonical, get_kind, iter_inputs, iter_refs, put_at, takes_media
+from contentfactory.errors import Conflict, InputError, ServiceUnavailable
+from contentfactory.fastjson import dumps_sorted
+from contentfactory.ids import is_id, new_id
+from contentfactory.jobs.spec import Params, canonical, get_kind, iter_inputs, iter_refs, takes_media
 from contentfactory.settings import Settings
-from contentfactory.states import TERMINAL, UNWELL, BatchState, JobState, Priority
-from db import batches, counters, jobs, lifecycle, projects, registry
+from contentfactory.states import TERMINAL, JobState, Priority
+from db import batches, jobs, lifecycle, projects, registry
 from db.choice import Hint
-from db.session import Database, take_time
+from db.session import Database
 from producer import manifest as manifests
+from producer import retry
 from producer.dispatch import Dispatcher
-from producer.job_ids import form_of, job_id_for, job_ids
+from producer.expand import Expander
 from producer.models import ModelPins
 from producer.publish import Publisher
-from producer.spool import KEY, SPOOL_FORMAT, Spool, as_dict, estimate, number_of, record_number
+from producer.references import pin_datasets
+from producer.spool import SPOOL_FORMAT, Spool, estimate
 from storage.base import ObjectStore
 from storage.keys import input_key, media_type_for
 
 log = structlog.get_logger(__name__)
 
-EXPAND_ROWS = 4000
-"""Rows in one transaction of the expander."""
 MANY_ROWS = 2000
 """Rows written at once by `Producer.submit_many`: gone again before Python's collector counts them among what stays."""
 _PLAIN = frozenset({str, int, float, bool, type(None)})
@@ -61,6 +59,7 @@ class Producer:
         self.store = store
         self.publisher = publisher
         self.dispatcher = Dispatcher(database, publisher, settings) if publisher else None
+        self.expander = Expander(database, store, reuse=settings.reuse_results, kick=partial(self.kick, bulk=True))
         self._projects: dict[str, str] = {}
 
     def project_id(self, name: str | None = None) -> str:
@@ -135,7 +134,7 @@ class Producer:
                     raise InputError(f"depends on {parent!r}, which is no job of this project", code="unknown_dependency", param="depends_on")
             model = ModelPins(conn, project_id).pin(spec, getattr(parsed, "model", None))
             self._check_artifacts(conn, project_id, parsed)
-            pinned = _pin_datasets(conn, project_id, parsed)
+            pinned = pin_datasets(conn, project_id, parsed)
             return lifecycle.NewJob(
                 id=job_id, project_id=project_id, kind=spec.name, queue=spec.queue, params=pinned.model_dump(mode="json"),
                 share_key=spec.share_key(parsed, model), seconds=estimate(spec, parsed), seed=chosen, model=model,
@@ -243,7 +242,7 @@ class Producer:
                     if not is_id(parent, "job") or jobs.get(conn, project_id, parent) is None:
                         raise InputError(f"job {index}: needs {parent!r}, which is no job of this project", code="unknown_dependency")
                 self._check_artifacts(conn, project_id, one)
-                one = _pin_datasets(conn, project_id, one)
+                one = pin_datasets(conn, project_id, one)
             model = pins.pin(spec, getattr(one, "model", None) if spec.takes_model else None)
             return (spec.params_json(one), spec.share_key(one, model), estimate(spec, one)), model, parents
 
@@ -393,7 +392,7 @@ class Producer:
                         yield error.message
                 if takes_media(type(line.parsed)):
                     try:
-                        _pin_datasets(conn, project_id, line.parsed)
+                        pin_datasets(conn, project_id, line.parsed)
                     except InputError as error:
                         yield error.message
                     for field, _, value in iter_inputs(line.parsed):
@@ -509,319 +508,32 @@ class Producer:
         return spool
 
     def expand(self, batch_id: str, seconds: float | None = None) -> bool:
-        """Write a batch's rows, chunk by chunk, from where the last expander stopped. Several may try: the cursor decides.
+        """Write a batch's rows: see `Expander.expand`, which takes and returns the same."""
+        return self.expander.expand(batch_id, seconds)
 
-        Args:
-            batch_id: Batch in state ``expanding``; or ``cancelling``, and then its lines become cancelled jobs, for every accepted
-                line ends as a row.
-            seconds: Longest time to spend; None to go on to the end.
-
-        Returns:
-            Whether the batch is expanded.
-        """
-        end = None if seconds is None else time.monotonic() + seconds
-        with self.database.read() as conn:
-            project_id = conn.execute(_batch_project(batch_id)).scalar()
-            row = batches.get(conn, project_id, batch_id) if project_id else None
-        if row is None:
-            raise NotFound(f"batch {batch_id} does not exist")
-        cancelling = row["state"] == BatchState.CANCELLING and row["cursor"] < row["source"].get("jobs", 0)
-        if row["state"] != BatchState.EXPANDING and not cancelling:
-            return True
-        cursor = row["cursor"]
-        rank0 = int(row["created_at"] * 1000) * 1_000_000
-        # While the database copies one chunk in, the next one is read; SQLite works in this very process and gains nothing.
-        with ExitStack() as stack:
-            ahead = None if self.database.sqlite else stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="expand"))
-            writing: tuple[int, Future[bool]] | None = None
-
-            def written() -> bool:
-                """Whether the chunk under way got in (then the cursor stands behind it); false where another expander is ahead."""
-                nonlocal cursor, writing
-                if writing is None:
-                    return True
-                new, future = writing
-                writing = None
-                if not future.result():
-                    return False
-                if cursor == 0:
-                    self.kick(bulk=True)
-                cursor = new
-                return True
-
-            try:
-                before = cursor
-                for chunk in self._records(row["source"]["object_key"], cursor):
-                    new = record_number(chunk[-1])
-                    rows = self._chunk_rows(row, chunk, rank0)
-                    if not written():
-                        return False
-                    step = partial(self._write_chunk, batch_id, row["project_id"], rows, before, new)
-                    if ahead is None:
-                        done: Future[bool] = Future()
-                        done.set_result(step())
-                        writing = (new, done)
-                    else:
-                        writing = (new, ahead.submit(step))
-                    before = new
-                    if end is not None and time.monotonic() > end:
-                        written()
-                        return False
-                if not written():
-                    return False
-            except FactoryError as error:
-                if error.retryable:
-                    raise
-                told = error.to_dict()
-                self.database.run(lambda conn: batches.fail(conn, batch_id, told))
-                log.error("batch_failed", action="expand", batch=batch_id, code=error.code)
-                return True
-        self.database.run(lambda conn: batches.expanded(conn, batch_id))
-        self.database.run(lambda conn: counters.close_batches(conn, [batch_id]))
-        self.kick(bulk=True)
-        return True
-
-    def _records(self, object_key: str, after: int) -> Iterator[list[Any]]:
-        chunk: list[Any] = []
-        with self.store.open(object_key) as raw, gzip.GzipFile(fileobj=raw) as stream:
-            for data in stream:
-                if after and number_of(data) <= after:
-                    continue
-                chunk.append(loads(data))
-                if len(chunk) >= EXPAND_ROWS:
-                    yield chunk
-                    chunk = []
-        if chunk:
-            yield chunk
-
-    def _chunk_rows(self, batch: Any, chunk: Sequence[Any], rank0: int) -> list[lifecycle.NewJob]:
-        batch_id, project_id, source = batch["id"], batch["project_id"], batch["source"]
-        rows: list[lifecycle.NewJob] = []
-        hard: list[tuple[int, Mapping[str, Any]]] = []
-        job_id = job_ids(batch_id, form_of(batch))
-        usual, reuse = source.get("priority", 0), source.get("reuse", True) and self.settings.reuse_results
-        for record in chunk:
-            if isinstance(record, dict) or record[KEY] is None:
-                hard.append((len(rows), record if isinstance(record, dict) else as_dict(record, usual, source.get("reuse", True))))
-                rows.append(None)  # type: ignore[arg-type]
-                continue
-            n, custom_id, kind, params, parents, priority, seed, labels, seconds, model, share_key = record
-            spec = get_kind(kind)
-            rows.append(
-                lifecycle.NewJob(
-                    id=job_id(custom_id), project_id=project_id, batch_id=batch_id, custom_id=custom_id, line=n,
-                    rank=rank0 + min(n, 999_999), kind=kind, queue=spec.queue, params=params, share_key=share_key, seconds=seconds,
-                    seed=seed, model=model, priority=priority or usual,
-                    parents=tuple(_batch_job(job_id, p) for p in parents), reuse=reuse and spec.cacheable, labels=labels,
-                )
-            )  # fmt: skip
-        if hard:
-            with self.database.read() as conn:
-                pins = ModelPins(conn, project_id)
-                for at, record in hard:
-                    rows[at] = self._row(conn, record, batch_id, project_id, pins, rank0, job_id)
-        return rows
-
-    def _write_chunk(self, batch_id: str, project_id: str, rows: Sequence[lifecycle.NewJob], old: int, new: int) -> bool:
-        unsure = False
-
-        def work(conn: Any) -> bool:
-            nonlocal unsure
-            state = batches.advance(conn, batch_id, old, new, len(rows))
-            if state is None:
-                # Where the answer to our own commit was lost, the one who moved the cursor was this call.
-                row = batches.get(conn, project_id, batch_id) if unsure else None
-                return row is not None and row["cursor"] == new
-            unsure = True
-            # The cursor moves in the same transaction, so nobody can have written these rows before.
-            lifecycle.insert_jobs(conn, rows, fresh=True)
-            if state == BatchState.CANCELLING:
-                lifecycle.cancel_jobs(conn, [row.id for row in rows])
-            return True
-
-        return self.database.run(work)
-
-    def _row(self, conn: Any, record: Mapping[str, Any], batch_id: str, project_id: str, pins: ModelPins, rank0: int,
-             job_id: Callable[[str], str]) -> lifecycle.NewJob:  # fmt: skip
-        spec = get_kind(record["kind"])
-        parsed = _pin_datasets(conn, project_id, _rename_refs(spec.validate(record["params"]), partial(_batch_job, job_id)))
-        try:
-            model = pins.pin(spec, getattr(parsed, "model", None))
-        except InputError:
-            if not record["parents"]:
-                raise
-            # Made by a training job of this batch: the worker takes the newest version once the parents have succeeded.
-            model = parsed.model  # type: ignore[attr-defined]
-        seed = record["seed"]
-        return lifecycle.NewJob(
-            id=job_id(record["id"]), project_id=project_id, batch_id=batch_id, custom_id=record["id"],
-            line=record["n"], rank=rank0 + min(record["n"], 999_999), kind=spec.name, queue=spec.queue,
-            params=parsed.model_dump(mode="json"), share_key=spec.share_key(parsed, model), seconds=estimate(spec, parsed),
-            seed=seed if seed is not None else stable_seed(record["id"], dumps_sorted(record["params"])),
-            model=model, priority=record["priority"],
-            parents=tuple(_batch_job(job_id, p) for p in record["parents"]),
-            reuse=record["reuse"] and spec.cacheable and self.settings.reuse_results, labels=record["labels"],
-        )  # fmt: skip
+    # --- once more ---
 
     def retry_failed(self, batch_id: str, *, project: str | None = None) -> str | None:
-        """Run a batch's failed, dead and cancelled jobs again as a new batch of linked jobs; what succeeded stays.
+        """Run what a batch has not got done again, as a new batch: see `producer.retry.failed`; dispatched at once.
 
-        A child that failed because its parent did comes along and waits for the parent's new job.
-
-        Returns:
-            The new batch's id, or None if nothing is to be retried.
-
-        Raises:
-            NotFound: If the project has no such batch.
-            Conflict: If the batch still runs.
+        Args:
+            batch_id: A batch that has ended.
+            project: Project's name.
         """
-        project_id = self.project_id(project)
-        new_batch = new_id("batch")
-
-        def work(conn: Any) -> str | None:
-            batch = batches.get(conn, project_id, batch_id)
-            if batch is None:
-                raise NotFound(f"batch {batch_id} does not exist")
-            if batch["finished_at"] is None:
-                raise Conflict(f"batch {batch_id} is {batch['state']}; wait for it or cancel it first", code="batch_not_finished")
-            if batches.get(conn, project_id, new_batch) is not None:
-                return new_batch  # an earlier try was committed and its answer lost
-            take_time(conn)
-            made = _replay(conn, list(jobs.of_batch(conn, batch_id, RETRYABLE)), new_batch)
-            if not made:
-                return None
-            batches.create(
-                conn, new_batch, project_id, batch["name"], digest=None, priority=batch["priority"],
-                source={"retry_of": batch_id, "file": batch["source"].get("file"), "format": SPOOL_FORMAT}, labels=batch["labels"], retry_of=batch_id,
-            )  # fmt: skip
-            batches.advance(conn, new_batch, 0, len(made), len(made))
-            lifecycle.insert_jobs(conn, made)
-            batches.expanded(conn, new_batch)
-            return new_batch
-
-        made = self.database.run(work)
+        project_id, new_batch = self.project_id(project), new_id("batch")
+        made = self.database.run(partial(retry.failed, project_id=project_id, batch_id=batch_id, new_batch=new_batch))
         if made:
             self.kick()
         return made
 
     def retry_jobs(self, job_ids: Sequence[str], *, project: str | None = None) -> list[str]:
-        """Run failed, dead or cancelled jobs again as new linked jobs, with the children that failed for their sake.
+        """Run jobs again as new ones: see `producer.retry.chosen`; dispatched at once.
 
-        A job that was retried already is not retried twice.
-
-        Returns:
-            Ids of the new jobs, in the order of the given ones first.
-
-        Raises:
-            NotFound: If one is no job of the project.
-            Conflict: If one is still under way or has succeeded.
+        Args:
+            job_ids: Jobs that ended without a result.
+            project: Project's name.
         """
-        project_id = self.project_id(project)
-
-        def work(conn: Any) -> list[str]:
-            take_time(conn)
-            rows: dict[str, Any] = {}
-            for job_id in dict.fromkeys(job_ids):
-                row = jobs.get(conn, project_id, job_id)
-                if row is None:
-                    raise NotFound(f"job {job_id} does not exist")
-                if row["state"] not in RETRYABLE:
-                    raise Conflict(f"job {job_id} is {row['state']}; only failed, dead and cancelled jobs are retried", code="not_retryable")
-                rows[job_id] = row
-            frontier = list(rows)
-            while frontier:
-                found = [row for row in jobs.children(conn, frontier) if row["id"] not in rows and row["state"] in RETRYABLE]
-                frontier = []
-                for row in found:
-                    if (row["error"] or {}).get("code") == "dependency_failed" or row["state"] == JobState.CANCELLED:
-                        rows[row["id"]] = row
-                        frontier.append(row["id"])
-            made = _replay(conn, list(rows.values()), None)
-            lifecycle.insert_jobs(conn, made)
-            return [job.id for job in made]
-
-        made = self.database.run(work)
+        made = self.database.run(partial(retry.chosen, project_id=self.project_id(project), job_ids=job_ids))
         if made:
             self.kick()
         return made
-
-
-RETRYABLE = UNWELL
-
-
-def _replay(conn: Any, rows: Sequence[Any], batch_id: str | None) -> list[lifecycle.NewJob]:
-    """New linked jobs for ended ones, their references and dependencies pointing to each other's new jobs.
-
-    Args:
-        conn: Connection in a transaction.
-        rows: Rows of the ended jobs; those that have a retry already are left out.
-        batch_id: Batch of the new jobs; None for jobs of their own.
-    """
-    newer = jobs.latest(conn, [row["id"] for row in rows])
-    rows = [row for row in rows if row["id"] not in newer]
-    again = {row["id"]: job_id_for(batch_id, row["custom_id"] or row["id"]) if batch_id else new_id("job") for row in rows}
-    parents = {row["id"]: jobs.parents(conn, row["id"]) for row in rows}
-    newer |= jobs.latest(conn, sorted({p for found in parents.values() for p in found} - set(again)))
-
-    def now_at(job: str) -> str:
-        return again.get(job) or newer.get(job, job)
-
-    made = []
-    for row in rows:
-        spec = get_kind(row["kind"])
-        parsed = _rename_refs(spec.validate(row["params"]), now_at)
-        made.append(
-            lifecycle.NewJob(
-                id=again[row["id"]], project_id=row["project_id"], batch_id=batch_id, custom_id=row["custom_id"], line=row["line"],
-                kind=row["kind"], queue=row["queue"], params=parsed.model_dump(mode="json"), share_key=spec.share_key(parsed, row["model"]),
-                seconds=row["seconds"], seed=row["seed"], model=row["model"], priority=row["priority"],
-                parents=tuple(now_at(p) for p in parents[row["id"]]), retry_of=row["id"], labels=row["labels"],
-            )
-        )  # fmt: skip
-    return made
-
-
-def _batch_project(batch_id: str) -> Any:
-    from sqlalchemy import select
-
-    from db.models import Batch
-
-    return select(Batch.project_id).where(Batch.id == batch_id)
-
-
-def _pin_datasets(conn: Any, project_id: str, params: Params) -> Params:
-    """``dataset:NAME`` becomes the artifact of the version that is newest now.
-
-    Raises:
-        InputError: If there is no such data set.
-    """
-    found: dict[str, str] = {}
-    for field, modality, value in iter_inputs(params):
-        if modality != "dataset" or not isinstance(value, str) or not value.startswith("dataset:"):
-            continue
-        name, _, version = value.removeprefix("dataset:").partition("@")
-        row = registry.dataset(conn, project_id, name, int(version) if version else None)
-        if row is None:
-            known = sorted({r["name"] for r in registry.datasets(conn, project_id)})
-            hint = f"registered: {', '.join(known)}" if known else "register one with `factory datasets add`"
-            raise InputError(f"{field}: data set {value.removeprefix('dataset:')!r} does not exist; {hint}", code="unknown_dataset", param=field)
-        found[field] = row["artifact_id"]
-    if not found:
-        return params
-    return type(params).model_validate({**params.model_dump(mode="json"), **found})
-
-
-def _batch_job(job_id: Callable[[str], str], name: str) -> str:
-    """The job that a line of a batch means: an accepted one by its id, or one of the same batch by its ``custom_id``."""
-    return name if is_id(name, "job") else job_id(name)
-
-
-def _rename_refs(params: Params, rename: Callable[[str], str]) -> Params:
-    """The params with every reference pointing to another name of its job."""
-    refs = list(iter_refs(params))
-    if not refs:
-        return params
-    data = params.model_dump(mode="json")
-    for path, ref in refs:
-        put_at(data, path, {"job": rename(ref.job), "output": ref.output})
-    return type(params).model_validate(data)

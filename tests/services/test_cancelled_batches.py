@@ -9,7 +9,7 @@ from contentfactory.settings import load_settings
 from contentfactory.states import BatchState, JobState
 from db import batches, counters, lifecycle
 from db.models import Batch, Job
-from producer import enqueue
+from producer import expand
 from producer import manifest as manifests
 from producer.cli.watch import snapshot
 from producer.enqueue import Producer
@@ -21,7 +21,7 @@ LINES = 25
 
 @pytest.fixture
 def producer(database, tmp_path, monkeypatch):
-    monkeypatch.setattr(enqueue, "EXPAND_ROWS", 10)
+    monkeypatch.setattr(expand, "EXPAND_ROWS", 10)
     made = Producer(load_settings(state_dir=tmp_path / "state"), database, MemoryStore())
     made.project_id()
     return made
@@ -79,14 +79,14 @@ def test_the_lines_that_are_no_rows_yet_become_cancelled_rows(database, producer
 
 def test_a_cancel_between_the_look_and_the_write_of_a_chunk(database, producer, manifest, monkeypatch):
     batch_id, _ = producer.create_batch(manifest)
-    write = producer._write_chunk
+    write = producer.expander._write_chunk
 
     def cancelled_meanwhile(*args):
         if len(states(database, batch_id)) == 10:
             cancel(database, batch_id)
         return write(*args)
 
-    monkeypatch.setattr(producer, "_write_chunk", cancelled_meanwhile)
+    monkeypatch.setattr(producer.expander, "_write_chunk", cancelled_meanwhile)
     assert producer.expand(batch_id) is True
     check_all_cancelled(database, producer, batch_id)
 

@@ -11,13 +11,13 @@ import pytest
 from sqlalchemy import text, update
 
 import db.session
-import producer.enqueue
 from contentfactory.errors import ServiceUnavailable
 from contentfactory.settings import load_settings
 from db import lifecycle
 from db.models import Batch, Job
 from db.session import Database
 from producer import manifest as manifests
+from producer import retry
 from producer.enqueue import Producer
 from producer.timer import Timer
 from storage.memory import MemoryStore
@@ -103,14 +103,14 @@ def test_a_retry_of_many_jobs_may_compute_for_long(short, make_jobs, tmp_path, m
         conn.execute(update(Job).values(state="failed"))
         conn.execute(update(Batch).values(finished_at=1.0, state="finished"))
         [job] = conn.execute(text("SELECT id FROM jobs")).scalars()
-    slow, calls = producer.enqueue._rename_refs, []
+    slow, calls = retry.rename_refs, []
 
     def takes_long(*args):
         calls.append(1)
         time.sleep(1.6)
         return slow(*args)
 
-    monkeypatch.setattr(producer.enqueue, "_rename_refs", takes_long)
+    monkeypatch.setattr(retry, "rename_refs", takes_long)
     assert made.retry_failed(batch) if what == "a batch" else made.retry_jobs([job])
     assert calls == [1]
 

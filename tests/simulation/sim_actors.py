@@ -37,6 +37,8 @@ import db.registry
 import db.session
 import producer.dispatch
 import producer.enqueue
+import producer.expand
+import producer.retry
 import producer.sweep
 import producer.timer
 import worker.execution
@@ -598,7 +600,8 @@ def installed() -> Iterator[None]:
         (db.session, "time", SimTime), (db.session, "random", SimRandom), (db.lifecycle, "random", SimRandom),
         (db.lifecycle, "new_id", _new_id), (db.projects, "new_id", _new_id), (db.registry, "new_id", _new_id),
         (producer.enqueue, "new_id", _new_id), (producer.enqueue, "time", SimTime), (producer.enqueue, "log", log),
-        (producer.enqueue, "EXPAND_ROWS", 4), (producer.enqueue, "manifests", namespace(producer.enqueue.manifests, lines=_lines)),
+        (producer.expand, "EXPAND_ROWS", 4), (producer.expand, "time", SimTime), (producer.expand, "log", log),
+        (producer.retry, "new_id", _new_id), (producer.enqueue, "manifests", namespace(producer.enqueue.manifests, lines=_lines)),
         (producer.dispatch, "log", log), (producer.timer, "log", log), (producer.timer, "time", SimTime),
         (producer.timer, "QUEUES", ("text", "train")),
         (producer.timer, "threading", namespace(__import__("threading"), Thread=SimThread)),

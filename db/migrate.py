@@ -1,25 +1,44 @@
-"""Bring a ledger to the newest schema, and make new migrations (``python -m db.migrate revision -m '…'``)."""
+"""Bring a ledger to the newest schema, and make new migrations (``python -m db.migrate revision -m '…'``).
+
+Every command looks whether there is anything to migrate, and hardly ever there is: Alembic, which takes as long to load as a listing, only comes in
+where it has something to do.
+"""
 
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import structlog
-from alembic import command
-from alembic.autogenerate import compare_metadata
-from alembic.config import Config
-from alembic.migration import MigrationContext
-from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, text
 
-from db.models import Base
 from db.session import Database
+
+if TYPE_CHECKING:
+    from alembic.config import Config
 
 log = structlog.get_logger(__name__)
 
+_MIGRATIONS = Path(__file__).with_name("migrations")
 
-def _config(connection: Connection) -> Config:
+
+def newest() -> str:
+    """The revision of the last migration: the number that its file's name begins with."""
+    return max(path.name for path in (_MIGRATIONS / "versions").glob("[0-9]*.py")).partition("_")[0]
+
+
+def _stands_at(connection: Connection) -> str | None:
+    there = "SELECT 1 FROM sqlite_master WHERE name = 'alembic_version'" if connection.dialect.name == "sqlite" else "SELECT to_regclass('alembic_version')"
+    if connection.execute(text(there)).scalar() is None:
+        return None
+    found: str | None = connection.execute(text("SELECT version_num FROM alembic_version")).scalar()
+    return found
+
+
+def _config(connection: Connection) -> "Config":
+    from alembic.config import Config
+
     config = Config()
-    config.set_main_option("script_location", str(Path(__file__).with_name("migrations")))
+    config.set_main_option("script_location", str(_MIGRATIONS))
     config.set_main_option("path_separator", "os")
     config.attributes["connection"] = connection
     return config
@@ -32,10 +51,15 @@ def upgrade(database: Database, revision: str = "head") -> None:
         database: The ledger.
         revision: Where to.
     """
+    if revision == "head" and current(database) == newest():
+        return
+    from alembic import command
+    from alembic.script import ScriptDirectory
+
     with database.write() as connection:
         if not database.sqlite:
             connection.execute(text("SELECT pg_advisory_xact_lock(hashtext('factory:migrate'))"))
-        found = MigrationContext.configure(connection).get_current_revision()
+        found = _stands_at(connection)
         known = {script.revision for script in ScriptDirectory.from_config(_config(connection)).walk_revisions()}
         if found is not None and found not in known:
             # A rolled-back release meets the newer schema; migrations are such that it can live with it.
@@ -46,6 +70,8 @@ def upgrade(database: Database, revision: str = "head") -> None:
 
 def downgrade(database: Database, revision: str) -> None:
     """Go back to an earlier schema."""
+    from alembic import command
+
     with database.write() as connection:
         command.downgrade(_config(connection), revision)
 
@@ -53,17 +79,24 @@ def downgrade(database: Database, revision: str) -> None:
 def current(database: Database) -> str | None:
     """Revision that the ledger stands at."""
     with database.read() as connection:
-        return MigrationContext.configure(connection).get_current_revision()
+        return _stands_at(connection)
 
 
 def differences(database: Database) -> list[object]:
     """What the declared tables have that the migrated ones lack, and the other way round."""
+    from alembic.autogenerate import compare_metadata
+    from alembic.migration import MigrationContext
+
+    from db.models import Base
+
     with database.read() as connection:
         context = MigrationContext.configure(connection, opts={"compare_type": True})
         return list(compare_metadata(context, Base.metadata))
 
 
 def _main() -> None:
+    from alembic import command
+
     from contentfactory.settings import load_settings
 
     database = Database(load_settings().database())

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from functools import partial
+from typing import TYPE_CHECKING
 
 import structlog
 
@@ -11,7 +12,9 @@ from contentfactory.settings import Settings
 from db import lifecycle, waiting
 from db.choice import Hint
 from db.session import Database
-from producer.publish import Publisher
+
+if TYPE_CHECKING:
+    from producer.publish import Publisher
 
 log = structlog.get_logger(__name__)
 
@@ -31,7 +34,7 @@ class Dispatcher:
         settings: Caps.
     """
 
-    def __init__(self, database: Database, publisher: Publisher, settings: Settings) -> None:
+    def __init__(self, database: Database, publisher: "Publisher", settings: Settings) -> None:
         self.database = database
         self.publisher = publisher
         self.settings = settings

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import structlog
 
@@ -26,11 +26,13 @@ from producer import retry
 from producer.dispatch import Dispatcher
 from producer.expand import Expander
 from producer.models import ModelPins
-from producer.publish import Publisher
 from producer.references import pin_datasets
 from producer.spool import SPOOL_FORMAT, Spool, estimate
 from storage.base import ObjectStore
 from storage.keys import input_key, media_type_for
+
+if TYPE_CHECKING:
+    from producer.publish import Publisher
 
 log = structlog.get_logger(__name__)
 
@@ -53,7 +55,7 @@ class Producer:
         publisher: Broker; without one, jobs wait for the timer.
     """
 
-    def __init__(self, settings: Settings, database: Database, store: ObjectStore, publisher: Publisher | None = None) -> None:
+    def __init__(self, settings: Settings, database: Database, store: ObjectStore, publisher: "Publisher | None" = None) -> None:
         self.settings = settings
         self.database = database
         self.store = store

@@ -64,10 +64,12 @@ class Factory:
 
         return Producer(self.settings, self.database, self.store, self.publisher)
 
-    @property
+    @cached_property
     def project_id(self) -> str:
         """Id of the settings' project."""
-        return str(self.producer.project_id())
+        from db import projects
+
+        return str(self.database.run(lambda conn: projects.ensure(conn, self.settings.project)))
 
     def find_batch(self, batch_id: str) -> Mapping[str, Any]:
         """A batch by id, by the beginning of its id, or ``last``.

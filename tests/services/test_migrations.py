@@ -1,5 +1,8 @@
 """A ledger with rows in it goes through every migration, up and down, and loses none."""
 
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -87,6 +90,7 @@ def test_each_migration_can_be_taken_alone(empty):
 
     with empty.read() as conn:
         revisions = [s.revision for s in ScriptDirectory.from_config(migrate._config(conn)).walk_revisions()][::-1]
+    assert migrate.newest() == revisions[-1]
     for revision in revisions:
         migrate.upgrade(empty, revision)
         assert migrate.current(empty) == revision
@@ -130,3 +134,11 @@ def test_the_view_of_the_models_is_that_of_the_migrations(empty):
         conn.execute(text("DROP VIEW ended_attempts"))
         conn.execute(text(models.ENDED_ATTEMPTS))
         assert conn.execute(text(query)).scalar() == migrated
+
+
+def test_a_ledger_that_is_new_enough_needs_no_alembic(empty):
+    """It takes as long to load as a listing."""
+    migrate.upgrade(empty)
+    url = empty.engine.url.render_as_string(hide_password=False)
+    script = "import sys; from db import migrate; from db.session import Database; d = Database(sys.argv[1]); migrate.upgrade(d); d.close(); assert 'alembic' not in sys.modules"
+    subprocess.run([sys.executable, "-c", script, url], check=True, cwd=Path(__file__).parents[2])

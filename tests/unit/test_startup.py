@@ -27,3 +27,15 @@ def test_only_what_is_needed_is_loaded(command: list[str], absent: set[str], tmp
     loaded = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
     assert len(loaded) > 50
     assert loaded & absent == set()
+
+
+def test_a_listing_needs_neither_broker_nor_migrations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {**BROKER, "FACTORY_STATE_DIR": str(tmp_path)}.items():
+        monkeypatch.setenv(name, value)
+    command = [sys.executable, "-X", "importtime", "-m", "contentfactory", "jobs", "list", "--json"]
+    for _ in range(2):  # the first one makes the ledger
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        assert (done.returncode, done.stdout.strip()) == (0, "[]"), done.stderr[-2000:]
+    loaded = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
+    assert "sqlalchemy" in loaded
+    assert loaded & {"alembic", "redis", "kombu", "boto3", "producer.manifest", "celery"} == set()

@@ -24,7 +24,7 @@ run: setup ## the main job: texts, speech, pictures, cards and clips of examples
 
 test: setup ## all tests
 	@$(BIN)/python scripts/browser.py
-	@$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(ARGS)
+	@$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile $(ARGS)
 
 simulate: setup ## play simulated histories of the lifecycle; HISTORIES=10000 SEED=17 PLANTED=1 (docs/simulation.md)
 	@$(BIN)/python tests/simulation/simulate.py $(if $(PLANTED),--planted,$(if $(SEED),--seed $(SEED),$(if $(HISTORIES),--histories $(HISTORIES))))

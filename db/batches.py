@@ -36,6 +36,12 @@ def create(conn: Connection, batch_id: str, project_id: str, name: str, *, sourc
 _ONE = select(*_COLUMNS).where(Batch.id == bindparam("p_batch"), Batch.project_id == bindparam("p_project"))
 
 
+def project_of(conn: Connection, batch_id: str) -> str | None:
+    """The project of a batch, None where there is no such batch."""
+    found: str | None = conn.execute(select(Batch.project_id).where(Batch.id == batch_id)).scalar()
+    return found
+
+
 def get(conn: Connection, project_id: str, batch_id: str) -> RowMapping | None:
     """A batch of the project."""
     return conn.execute(_ONE, {"p_batch": batch_id, "p_project": project_id}).mappings().one_or_none()

@@ -254,11 +254,11 @@ def accept_alone(conn: Connection, job: NewJob) -> Hint | None:
         The hint to publish after the commit. None where nothing was written, because the queue is not idle or the job (or its key) is
         there already: accept it by `insert_jobs`, and let `dispatch` decide.
     """
-    lock = f"dispatch:{job.queue}"
     if conn.dialect.name == "postgresql":
         given = dict(zip(_ROW, _row(job, "dispatched", 0, 0.0, 0), strict=True))
         values = {f"p_{name}": _ascii(given[name]) if name in _JSON else given[name] for name in _GIVEN}
-        found = prepared.scalars(conn, _accepted_alone(), {**waiting.idle_values(job.queue, job.project_id), **values, "p_lock": lock})
+        values |= {**waiting.idle_values(job.queue, job.project_id), "p_lock": _turn_of(job.queue)}
+        found = prepared.scalars(conn, _accepted_alone(), values)
         return Hint(job.kind, job.queue, job.priority, (job.id,), found[0]) if found else None
     idle = waiting.idle(conn, job.queue, job.project_id)
     if idle is None:
@@ -271,10 +271,10 @@ def accept_alone(conn: Connection, job: NewJob) -> Hint | None:
     return Hint(job.kind, job.queue, job.priority, (job.id,), at)
 
 
-def hint_of(conn: Connection, job: NewJob) -> Hint | None:
+def hint_of(conn: Connection, job_id: str) -> Hint | None:
     """The hint of a job that `accept_alone` dispatched, for who did not get its answer; None where it is not dispatched (any more)."""
-    at = conn.execute(select(Job.c.dispatched_at).where(Job.c.id == job.id, was(JobState.DISPATCHED))).scalar()
-    return None if at is None else Hint(job.kind, job.queue, job.priority, (job.id,), float(at))
+    row = conn.execute(select(Job.c.kind, Job.c.queue, Job.c.priority, Job.c.dispatched_at).where(Job.c.id == job_id, was(JobState.DISPATCHED))).one_or_none()
+    return None if row is None else Hint(row.kind, row.queue, row.priority, (job_id,), float(row.dispatched_at))
 
 
 _GIVEN = tuple(name for name in _ROW if name not in ("rank", "created_at"))
@@ -481,7 +481,12 @@ def _turn(conn: Connection, queue: str, *, patient: bool) -> bool:
     if conn.dialect.name != "postgresql":
         return True
     lock = "pg_advisory_xact_lock" if patient else "pg_try_advisory_xact_lock"
-    return prepared.scalars(conn, statement_text(f"SELECT {lock}(hashtext(:name))"), {"name": f"dispatch:{queue}"})[0] is not False
+    return prepared.scalars(conn, statement_text(f"SELECT {lock}(hashtext(:name))"), {"name": _turn_of(queue)})[0] is not False
+
+
+def _turn_of(queue: str) -> str:
+    """Name of the lock that says whose turn it is."""
+    return f"dispatch:{queue}"
 
 
 @cache

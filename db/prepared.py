@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from sqlalchemy import Connection, Double, Float
+from sqlalchemy.exc import DisconnectionError
 
 BINARY = {"binary": True}
 """Execution options of a statement that returns numbers of many rows: on PostgreSQL neither side turns them into decimals and back."""
@@ -124,34 +125,39 @@ def many(conn: Connection, statement: Any, values: Iterable[Mapping[str, Any]]) 
 
 def run(conn: Connection, text: str, values: Any, *, binary: bool = False) -> list[Any]:
     """Run a statement in the driver's words; its rows, none where it returns none."""
-    with _cursor(conn) as cursor:
+    with cursor(conn) as its:
         if binary and conn.dialect.name == "postgresql":
-            cursor.format = 1
-        cursor.execute(text, values)
-        found: list[Any] = cursor.fetchall() if cursor.description is not None else []
+            its.format = 1
+        its.execute(text, values)
+        found: list[Any] = its.fetchall() if its.description is not None else []
     return found
 
 
 @contextmanager
-def _cursor(conn: Connection) -> Iterator[Any]:
+def cursor(conn: Connection) -> Iterator[Any]:
+    """A cursor of the driver.
+
+    Raises:
+        sqlalchemy.exc.DisconnectionError: If the connection broke. The driver has several errors for it (one whose transaction was ended while it
+            paused is 'internal'), and its own of everything else pass as they are.
+    """
     proxied = conn.connection
-    cursor: Any = proxied.cursor()
+    found: Any = proxied.cursor()
     try:
-        yield cursor
+        yield found
     except Exception as error:
-        # As SQLAlchemy does: a connection that broke takes the idle ones of its pool along, which were made to the same server.
-        if conn.dialect.is_disconnect(error, proxied.dbapi_connection, cursor):  # type: ignore[arg-type]
+        if conn.dialect.is_disconnect(error, proxied.dbapi_connection, found):  # type: ignore[arg-type]
             conn.invalidate(error)
-            conn.engine.dispose()
+            raise DisconnectionError(str(error)) from error
         raise
     finally:
-        cursor.close()
+        found.close()
 
 
 def run_many(conn: Connection, text: str, values: Iterable[Sequence[Any]]) -> None:
     """Run a statement in the driver's words for each of these rows of parameters."""
-    with _cursor(conn) as cursor:
-        cursor.executemany(text, values)
+    with cursor(conn) as its:
+        its.executemany(text, values)
 
 
-__all__ = ["BINARY", "many", "named", "one", "rows", "run", "run_many", "scalars"]
+__all__ = ["BINARY", "cursor", "many", "named", "one", "rows", "run", "run_many", "scalars"]

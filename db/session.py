@@ -82,6 +82,7 @@ class Database:
         self.sqlite = backend == "sqlite"
         self._thread = threading.local()
         self._turn: _Turn | None = None
+        self._broke_at = -1e9  # when a connection was last found broken: those that rest since before may be, too
         if self.sqlite:
             if parsed.database and parsed.database != ":memory:":
                 Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
@@ -108,21 +109,21 @@ class Database:
             )  # fmt: skip
             event.listen(self.engine, "connect", _set_up)
             event.listen(self.engine, "checkin", _note_use)
-            event.listen(self.engine, "checkout", _ping_if_idle)
+            event.listen(self.engine, "checkout", self._ping_if_doubtful)
         else:
             raise ConfigError(f"database_url names {backend!r}; allowed: sqlite, postgresql", param="database_url")
         self._faults = faults(self.engine)
-        self._writers = _AtHand(self.engine.execution_options(factory_begin="IMMEDIATE") if self.sqlite else self.engine)
-        self._readers = _AtHand(self.engine if self.sqlite else self.engine.execution_options(isolation_level="AUTOCOMMIT"))
+        self._writers = _AtHand(self.engine.execution_options(factory_begin="IMMEDIATE") if self.sqlite else self.engine, self._doubtful)
+        self._readers = _AtHand(self.engine if self.sqlite else self.engine.execution_options(isolation_level="AUTOCOMMIT"), self._doubtful)
 
     @contextmanager
     def write(self, *, durable: bool = True) -> Iterator[Connection]:
         """A transaction that may write; on SQLite it takes the write lock at its start, so it never fails to upgrade.
 
         Args:
-            durable: Whether the commit waits for the disk. Where it does not, a power cut may take the transaction back (the end of a process
-                does not), with all that came after it: whatever is committed later and does wait takes it along. On PostgreSQL statements say
-                so themselves (`db.sql.NOT_DURABLE`), which costs no round trip.
+            durable: Whether the commit waits for the disk. Where it does not, a power cut or a crash of the server may take it back (the end of
+                this process does not), unless something was committed after it that did wait. On PostgreSQL statements say so themselves
+                (`db.sql.NOT_DURABLE`), which costs no round trip.
 
         Raises:
             ServiceUnavailable: If the database cannot be reached or stays locked.
@@ -186,13 +187,26 @@ class Database:
         """Map connection faults, SQLAlchemy's and the driver's own, to ours; programming errors pass as they are."""
         try:
             yield
-        except self._faults as error:
+        except (DisconnectionError, DBAPIError, *self._faults) as error:
+            if isinstance(error, DisconnectionError) or getattr(error, "connection_invalidated", False):
+                self._broke_at = time.monotonic()
+            elif not isinstance(error, self._faults):
+                raise
             told = str(getattr(error, "orig", error))[:300]
             raise ServiceUnavailable(f"the database did not answer: {told}", code="database_unavailable") from error
-        except DBAPIError as error:
-            if error.connection_invalidated:
-                raise ServiceUnavailable("the connection to the database was lost", code="database_unavailable") from error
-            raise
+
+    def _doubtful(self, used: float) -> bool:
+        """Whether a connection that was last used then may be broken by now: asking each time, a busy worker would pay with every transaction."""
+        return used < self._broke_at or time.monotonic() - used > IDLE_S
+
+    def _ping_if_doubtful(self, connection: Any, record: Any, proxy: Any) -> None:
+        if not self._doubtful(record.info.get("used", time.monotonic())):
+            return
+        try:
+            connection.execute("SELECT 1")
+            connection.rollback()
+        except Exception as error:
+            raise DisconnectionError from error
 
     def check(self) -> None:
         """Ask the database for an answer.
@@ -221,10 +235,12 @@ class _AtHand:
 
     Args:
         engine: Where connections come from.
+        doubtful: Whether one that was last used at this time (monotonic clock) may be broken by now; the pool asks it, then.
     """
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, doubtful: Callable[[float], bool]) -> None:
         self._engine = engine
+        self._doubtful = doubtful
         self._rests: list[tuple[Connection, Any, float, int]] = []  # one; taken and put by single steps, which threads cannot divide
 
     @contextmanager
@@ -249,16 +265,16 @@ class _AtHand:
         if process != os.getpid():
             _FORKED.append(connection)
             return None
-        if pool is self._engine.pool and time.monotonic() - used < IDLE_S:
+        if pool is self._engine.pool and not self._doubtful(used):
             return connection
         self._give_back(connection, pool, used)
         return None
 
     def _give_back(self, connection: Connection, pool: Any, used: float) -> None:
         if pool is self._engine.pool:
-            connection.info["rests_since"] = used  # it may be broken by now: the pool asks those that rested for long
+            connection.info["rests_since"] = used
         else:
-            connection.invalidate()  # the pool was replaced, because its connections are broken
+            connection.invalidate()  # the pool was replaced, and would not see this one again
         connection.close()
 
     def close(self) -> None:
@@ -363,17 +379,6 @@ IDLE_S = 1.0
 
 def _note_use(connection: Any, record: Any) -> None:
     record.info["used"] = record.info.pop("rests_since", None) or time.monotonic()
-
-
-def _ping_if_idle(connection: Any, record: Any, proxy: Any) -> None:
-    # Asked each time, a busy worker would pay for it with every transaction.
-    if time.monotonic() - record.info.get("used", time.monotonic()) < IDLE_S:
-        return
-    try:
-        connection.execute("SELECT 1")
-        connection.rollback()
-    except Exception as error:
-        raise DisconnectionError from error
 
 
 def take_time(connection: Connection) -> None:

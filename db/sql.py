@@ -151,8 +151,7 @@ def insert_rows(
     if count == 0:
         return
     if conn.dialect.name == "postgresql" and not replacing and (count is None or count >= COPY_FROM):
-        cursor: Any = conn.connection.cursor()
-        with cursor, cursor.copy(f"COPY {table.name} ({', '.join(columns)}) FROM STDIN") as copy:
+        with prepared.cursor(conn) as cursor, cursor.copy(f"COPY {table.name} ({', '.join(columns)}) FROM STDIN") as copy:
             coming, most = iter(rows), COPY_BLOCK // 8
             while block := list(islice(coming, most)):
                 text_ = _copied(block)

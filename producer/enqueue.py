@@ -144,25 +144,36 @@ class Producer:
                 idempotency_key=idempotency_key, request_hash=request_hash, labels=dict(labels or {}),
             )  # fmt: skip
 
+        seen: list[lifecycle.NewJob] = []
+
+        def known(conn: Any, found: str) -> str:
+            if found == job_id:
+                # Our own earlier try, whose answer was lost, and with it the word that it was dispatched. A second hint does no harm.
+                hint = lifecycle.hint_of(conn, job_id)
+                hints.extend([hint] if hint else [])
+            return found
+
         def alone(conn: Any) -> str | None:
             row = look(conn)
             if isinstance(row, str):
-                return row
+                return known(conn, row)
             hint = lifecycle.accept_alone(conn, row)
-            hints.extend([hint] if hint else [])
-            return job_id if hint else None
+            if hint is None:
+                seen[:] = [row]
+                return None
+            hints.append(hint)
+            return job_id
 
         def work(conn: Any) -> str:
-            row = look(conn)
+            # What was seen a moment ago is good for one try.
+            row = seen.pop() if seen else look(conn)
             if isinstance(row, str):
-                return row
+                return known(conn, row)
             if not lifecycle.insert_jobs(conn, [row]):
                 if jobs.get(conn, project_id, job_id) is None:
                     # Somebody else committed the same key between our look and our insert: look again.
                     raise ServiceUnavailable("the same idempotency key is being accepted right now", code="busy")
-                # Our own earlier try, whose answer was lost, and with it the word that it was dispatched. A second hint does no harm.
-                hint = lifecycle.hint_of(conn, row)
-                hints.extend([hint] if hint else [])
+                return known(conn, job_id)
             return job_id
 
         made: str | None = None

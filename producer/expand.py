@@ -9,7 +9,6 @@ from functools import partial
 from typing import Any
 
 import structlog
-from sqlalchemy import select
 
 from contentfactory.errors import FactoryError, InputError, NotFound
 from contentfactory.fastjson import dumps_sorted, loads
@@ -18,7 +17,6 @@ from contentfactory.jobs.spec import get_kind
 from contentfactory.states import BatchState
 from db import batches, counters, lifecycle
 from db.session import Database
-from db.tables import Batch
 from producer.job_ids import form_of, job_ids
 from producer.models import ModelPins
 from producer.references import batch_job, pin_datasets, rename_refs
@@ -60,7 +58,7 @@ class Expander:
         """
         end = None if seconds is None else time.monotonic() + seconds
         with self.database.read() as conn:
-            project_id = conn.execute(select(Batch.c.project_id).where(Batch.c.id == batch_id)).scalar()
+            project_id = batches.project_of(conn, batch_id)
             row = batches.get(conn, project_id, batch_id) if project_id else None
         if row is None:
             raise NotFound(f"batch {batch_id} does not exist")

@@ -182,6 +182,9 @@ class Executor:
         self._flying: set[str] = set()
         self._unsure: set[str] = set()  # named by a claim that was not answered; whether it took effect, the next one asks
         self._uncleared: list[Scratch] = []
+        self.goes_beside = not self.database.sqlite
+        """Whether a commit's statements may go while its outputs are uploaded. On SQLite they take a fraction of what the upload does, and nobody
+        else could write meanwhile."""
         self._beside_after = 0.0
         # Objects that this process put a moment ago, with the time: equal outputs (an empty text, a silence) are put once. The
         # sweep takes nothing that is younger than its window, so a fraction of that is safe.
@@ -722,13 +725,10 @@ class Executor:
                 )  # fmt: skip
 
     def _goes_beside(self, members: Sequence[_Member]) -> bool:
-        """Whether the statements of this commit go while the outputs are uploaded: of one job that somebody waits for, and only small outputs.
-
-        On SQLite they take a fraction of what the upload does, and nobody else could write meanwhile.
-        """
+        """Whether the statements of this commit go while the outputs are uploaded: of one job that somebody waits for, and only small outputs."""
         one = members[0]
         return (
-            not self.database.sqlite and len(members) == 1 and one.waited_for and not one.models and one.error is None
+            self.goes_beside and len(members) == 1 and one.waited_for and not one.models and one.error is None
             and time.monotonic() > self._beside_after
             and any(isinstance(output, _Upload) for output in one.outputs)
             and all(isinstance(output, NewArtifact) or output.artifact for output in one.outputs)

@@ -162,7 +162,6 @@ def test_an_upload_that_fails_beside_its_commit_leaves_nothing(database, executo
     def refuse():
         raise TransientError("the store is full", code="storage")
 
-    monkeypatch.setattr("worker.execution.time.sleep", lambda seconds: None)
     _put_by(executor, monkeypatch, refuse)
     ids = act("one", priority=100)
     assert states(database, ids) == ["queued"]

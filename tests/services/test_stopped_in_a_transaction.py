@@ -1,5 +1,6 @@
 """A process that is stopped (SIGSTOP, a suspended machine) in a transaction: what it had locked comes free, and others do not wait for it."""
 
+import gc
 import os
 import signal
 import subprocess
@@ -8,19 +9,23 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from sqlalchemy import text, update
+from sqlalchemy import bindparam, select, text, update
 
 import db.session
 from contentfactory.errors import ServiceUnavailable
 from contentfactory.settings import load_settings
-from db import lifecycle
-from db.models import Batch, Job
+from db import lifecycle, prepared
+from db.ended import EVENT
+from db.models import Batch, Event, Job
 from db.session import Database
+from db.sql import COPY_FROM, insert_rows
 from producer import manifest as manifests
 from producer import retry
 from producer.enqueue import Producer
 from producer.timer import Timer
 from storage.memory import MemoryStore
+
+PROGRESS = update(Job).where(Job.id == bindparam("p_id")).values(progress=bindparam("p_progress"))
 
 pytestmark = pytest.mark.parametrize("database", ["postgresql"], indirect=True)
 
@@ -73,7 +78,26 @@ def _idle_in(database):
         conn.execute(text("SELECT 1"))
 
 
-def test_who_wakes_does_it_again(short, make_jobs):
+def _by_sqlalchemy(conn, job):
+    conn.execute(update(Job).where(Job.id == job).values(progress=0.5))
+
+
+def _prepared(conn, job):
+    prepared.rows(conn, PROGRESS, {"p_id": job, "p_progress": 0.5})
+
+
+def _many(conn, job):
+    prepared.many(conn, PROGRESS, [{"p_id": job, "p_progress": 0.5}, {"p_id": "job_x", "p_progress": 0.5}])
+
+
+def _copied(conn, job):
+    insert_rows(conn, Event.__table__, EVENT, [(1.0, "copied", None, None, job, "{}")] * COPY_FROM)
+    _by_sqlalchemy(conn, job)
+
+
+@pytest.mark.parametrize("goes_on", [_by_sqlalchemy, _prepared, _many, _copied])
+def test_who_wakes_does_it_again(short, make_jobs, goes_on):
+    """Whatever the way of the statement that finds the transaction gone; other connections are left whole."""
     [job] = make_jobs(1)
     tries = []
 
@@ -82,11 +106,14 @@ def test_who_wakes_does_it_again(short, make_jobs):
         conn.execute(update(Job).where(Job.id == job).values(message=f"try {len(tries)}"))
         if len(tries) == 1:
             time.sleep(1.6)
-        conn.execute(update(Job).where(Job.id == job).values(progress=0.5))
+        goes_on(conn, job)
 
-    short.run(work)
-    with short.read() as conn:
-        assert conn.execute(text("SELECT message FROM jobs WHERE id = :id"), {"id": job}).scalar_one() == "try 2"
+    with short.read() as beside, short.read() as another:
+        short.run(work)
+        for conn in (beside, another):
+            assert conn.execute(select(Job.message, Job.progress).where(Job.id == job)).one() == ("try 2", 0.5)
+    del beside, another, conn
+    gc.collect()  # a connection that went astray says so
     with pytest.raises(ServiceUnavailable):
         _idle_in(short)
 

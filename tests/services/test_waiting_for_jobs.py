@@ -7,6 +7,7 @@ import pytest
 from factory_services import start_valkey
 from sqlalchemy import select
 
+from contentfactory.errors import ServiceUnavailable
 from contentfactory.ids import new_id
 from contentfactory.jobs.spec import get_kind
 from contentfactory.settings import load_settings
@@ -84,12 +85,23 @@ def test_an_interactive_job_of_an_idle_queue_is_accepted_and_dispatched_in_one_t
     assert share_of(database, project) == pytest.approx(before + 2), "it is charged like any other"
 
 
-def test_one_whose_answer_was_lost_is_sent_all_the_same(database, producer, monkeypatch):
-    accept = lifecycle.accept_alone
-    monkeypatch.setattr(lifecycle, "accept_alone", lambda conn, row: (accept(conn, row), None)[1])
-    job = producer.submit("text.echo", {"text": "x"}, priority=Priority.INTERACTIVE)
+@pytest.mark.parametrize("key", [None, "a key"])
+def test_one_whose_answer_was_lost_is_sent_all_the_same(database, producer, monkeypatch, key):
+    accept, calls = lifecycle.accept_alone, []
+
+    def lost(conn, row):
+        calls.append(accept(conn, row))
+        if len(calls) == 1:  # on PostgreSQL the statement is its own transaction; on SQLite it is undone
+            raise ServiceUnavailable("the connection to the database was lost")
+        return calls[-1]
+
+    monkeypatch.setattr(lifecycle, "accept_alone", lost)
+    job = producer.submit("text.echo", {"text": "x"}, priority=Priority.INTERACTIVE, idempotency_key=key)
+    assert calls[0] is not None
     [hint] = producer.publisher.hints
-    assert (hint.ids, hint.dispatched_at) == ((job,), row_of(database, job).dispatched_at)
+    row = row_of(database, job)
+    assert (hint.kind, hint.queue, hint.priority, hint.ids, hint.dispatched_at) == ("text.echo", "text", Priority.INTERACTIVE, (job,), row.dispatched_at)
+    assert row.state == "dispatched"
 
 
 def test_what_the_row_says_is_the_same_either_way(database, producer):

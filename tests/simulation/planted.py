@@ -171,6 +171,10 @@ def _put_after_commit() -> Places:
     return [(worker.execution.Executor, "_commit", late_commit), (worker.execution.Executor, "_upload", late_upload)]
 
 
+def _commit_beside_upload() -> Places:
+    return [(worker.execution, "_uploaded", lambda member: None)]
+
+
 def _reap_by_wall_clock() -> Places:
     def reap(conn: Any, *, lease_s: float, period_s: float, limit: int = 1000) -> dict[str, int]:
         late = conn.execute(select(Job.id, Job.attempt).where(Job.state == JobState.RUNNING, Job.lease_until < SimTime.time())).all()
@@ -368,6 +372,7 @@ BUGS = (
     Bug("finish without fence", "a result is committed whatever attempt holds the job", ("I3", "I4"), _finish_without_fence),
     Bug("stop without fence", "an error ends the attempt of somebody else", ("I3", "I4"), _stop_without_fence),
     Bug("put after commit", "the row is committed before its object is stored", ("I5",), _put_after_commit),
+    Bug("commit beside upload", "a commit whose statements went beside the upload does not wait for it", ("I5",), _commit_beside_upload),
     Bug("reaper by wall clock", "leases are judged by the clock of the machine that reaps", ("I7", "I8", "I1"), _reap_by_wall_clock),
     Bug("lease not renewed", "a heartbeat does not move the end of the lease", ("I8",), _lease_not_renewed),
     Bug("reaper without grace", "after an outage leases are reaped before anybody could renew them", ("I8",), _reap_without_grace),

@@ -11,6 +11,8 @@ import signal
 import sys
 
 PR_SET_PDEATHSIG = 1
+READY_FILE = "FACTORY_READY_FILE"
+"""Variable that names the file by which a worker tells who started it that it listens to the broker."""
 
 
 def die_with_parent(parent: int | None = None, sig: signal.Signals = signal.SIGKILL) -> bool:

@@ -113,6 +113,7 @@ class Database:
         else:
             raise ConfigError(f"database_url names {backend!r}; allowed: sqlite, postgresql", param="database_url")
         self._faults = faults(self.engine)
+        self._caught: tuple[type[Exception], ...] = (DisconnectionError, DBAPIError, *self._faults)
         self._writers = _AtHand(self.engine.execution_options(factory_begin="IMMEDIATE") if self.sqlite else self.engine, self._doubtful)
         self._readers = _AtHand(self.engine if self.sqlite else self.engine.execution_options(isolation_level="AUTOCOMMIT"), self._doubtful)
 
@@ -187,7 +188,7 @@ class Database:
         """Map connection faults, SQLAlchemy's and the driver's own, to ours; programming errors pass as they are."""
         try:
             yield
-        except (DisconnectionError, DBAPIError, *self._faults) as error:
+        except self._caught as error:
             if isinstance(error, DisconnectionError) or getattr(error, "connection_invalidated", False):
                 self._broke_at = time.monotonic()
             elif not isinstance(error, self._faults):

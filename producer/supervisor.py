@@ -10,7 +10,6 @@ guard (`producer.guard`), which also finds grandchildren and survives a SIGKILL 
 
 import fcntl
 import json
-import math
 import os
 import secrets
 import shutil
@@ -24,17 +23,18 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from http.client import HTTPConnection, HTTPException
 from itertools import groupby
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Self
+from urllib.parse import urlsplit
 
 import psutil
 import structlog
 
 from contentfactory.errors import Conflict, ServiceUnavailable
-from contentfactory.process import tied
+from contentfactory.process import READY_FILE, tied
 from contentfactory.settings import Settings, private_value
 from producer.broker import free_port, prepare
 from producer.guard import MARK, Known, identify, sweep
@@ -79,6 +79,8 @@ class Service:
         group: Neighbours of one group are stopped together.
         stop_timeout_s: Time to end after SIGTERM before SIGKILL, seconds.
         essential: Whether everything stops when it is given up.
+        ledger: Whether it opens the ledger, which is prepared while others start.
+        sign: File that it makes when it does its work; one of a process before it is deleted before it starts.
         lock: Takes a lock and returns its file descriptor, which the process inherits and thereby holds while it lives.
     """
 
@@ -93,6 +95,8 @@ class Service:
     group: str = ""
     stop_timeout_s: float = 10.0
     essential: bool = True
+    ledger: bool = False
+    sign: Path | None = None
     lock: Callable[[], int] | None = None
 
 
@@ -138,9 +142,14 @@ def worker_host(name: str) -> str:
     return f"{name}@{socket.gethostname()}"
 
 
+def lean(command: Sequence[str]) -> list[str]:
+    """The same command line by `worker.lean`, which loads less of Celery."""
+    return ["worker.lean" if part == "celery" else part for part in command]
+
+
 def flower_command() -> list[str]:
     """The command line of Flower; everything else, its login first of all, comes by `flower_env`."""
-    return [sys.executable, "-m", "celery", "-A", "worker", "flower"]
+    return [sys.executable, "-m", "celery", "-A", "producer.watching", "flower"]
 
 
 def flower_env(settings: Settings, port: int) -> dict[str, str]:
@@ -185,11 +194,11 @@ def plan(
         (settings.state_dir / "flower").mkdir(parents=True, exist_ok=True)
         services.append(
             Service(
-                "flower", flower_command(), {**base, **flower_env(settings, flower)}, ready=lambda: _answers(url), essential=False
+                "flower", lean(flower_command()), {**base, **flower_env(settings, flower)}, ready=lambda: _answers(url), essential=False
             )
         )
     if timer:
-        services.append(Service("timer", [sys.executable, "-m", "producer.timer"], base))
+        services.append(Service("timer", [sys.executable, "-m", "producer.timer"], base, ledger=True))
     chosen = settings.embedded_workers if workers is None else workers
     total = max(1, sum(chosen.values()))
     env = {
@@ -204,13 +213,12 @@ def plan(
         queues.replace(",", "-") + (f"-{number}" if count > 1 else ""): queues
         for queues, count in chosen.items() for number in range(1, count + 1)
     }  # fmt: skip
-    ping = _Ping(settings, [worker_host(name) for name in names])
     for name, queues in names.items():
-        command = ["worker.lean" if part == "celery" else part for part in worker_command(settings, queues, name)]
+        sign = settings.run_dir / f"{name}.ready"
         services.append(
             Service(
-                name, command, env, ready=partial(ping, worker_host(name)),
-                group="workers", stop_timeout_s=settings.drain_s,
+                name, lean(worker_command(settings, queues, name)), {**env, READY_FILE: str(sign)}, ready=sign.exists, sign=sign,
+                ledger=True, group="workers", stop_timeout_s=settings.drain_s,
             )
         )  # fmt: skip
     return services
@@ -232,43 +240,16 @@ def _broker_service(settings: Settings) -> Service:
 
 
 def _answers(url: str) -> bool:
-    """Whether something serves HTTP at the address."""
-    import httpx
-
+    """Whether something serves HTTP at the address; by the standard library, which asks no proxy and is loaded at once."""
+    parts = urlsplit(url)
+    connection = HTTPConnection(parts.hostname or "", parts.port, timeout=1.0)
     try:
-        return httpx.get(f"{url}/healthcheck", timeout=1.0, trust_env=False).status_code < 500
-    except httpx.HTTPError:
+        connection.request("GET", "/healthcheck")
+        return connection.getresponse().status < 500
+    except (OSError, HTTPException):
         return False
-
-
-class _Ping:
-    """Asks the Celery workers whether they consume: all at once, for one that does not answer costs the whole wait."""
-
-    def __init__(self, settings: Settings, hosts: Sequence[str]) -> None:
-        self._settings = settings
-        self._hosts = list(hosts)
-        self._app: Any = None
-        self._asked = -math.inf
-        self._answered: set[str] = set()
-
-    def __call__(self, host: str) -> bool:
-        from celery import Celery
-        from kombu.exceptions import OperationalError
-
-        from producer.publish import celery_options
-
-        if self._app is None:
-            self._app = Celery("supervisor", broker=self._settings.broker(), set_as_current=False)
-            # With its timeouts, and with its check of whatever answers.
-            self._app.conf.update(celery_options())
-        if time.monotonic() - self._asked > TICK_S:
-            try:
-                answers = self._app.control.ping(destination=self._hosts, timeout=0.3, limit=len(self._hosts))
-                self._answered = {name for answer in answers for name in answer}
-            except (OperationalError, OSError):
-                self._answered = set()
-            self._asked = time.monotonic()
-        return host in self._answered
+    finally:
+        connection.close()
 
 
 # Running
@@ -302,6 +283,7 @@ class Supervisor:
         flower: Whether to run Flower.
         timer: Whether to run the dispatcher's timer.
         services: Services to run instead of the usual ones.
+        prepare: Prepares the ledger, once the state folder is taken; services that need it start afterwards.
 
     Attributes:
         flower_url: Address of Flower once started, where it runs.
@@ -315,8 +297,10 @@ class Supervisor:
         flower: bool = True,
         timer: bool = True,
         services: Sequence[Service] | None = None,
+        prepare: Callable[[], None] | None = None,
     ) -> None:
         self.settings = settings
+        self._prepare, self._prepared = prepare, threading.Event()
         self.flower_url: str | None = None
         self._workers, self._flower, self._timer, self._services = workers, flower, timer, services
         self._token = secrets.token_hex(16)
@@ -368,8 +352,11 @@ class Supervisor:
             # The parent-death signal follows the thread that started a child, so one thread starts all of them.
             self._thread = threading.Thread(target=self._run, name="supervisor", daemon=True)
             self._thread.start()
+            if self._prepare:
+                self._prepare()
+            self._prepared.set()
         except BaseException:
-            self._release()
+            self.stop()
             raise
 
     def wait_ready(self, timeout_s: float = 180.0) -> None:
@@ -478,7 +465,8 @@ class Supervisor:
                 continue
             if child.process is not None and child.process.poll() is not None:
                 self._ended(child)
-            if child.process is None and child.restart_at is not None and time.monotonic() >= child.restart_at:
+            due = child.restart_at is not None and time.monotonic() >= child.restart_at
+            if child.process is None and due and (self._prepared.is_set() or not child.service.ledger):
                 self._spawn(child)
             if child.service.gate and not child.is_ready:
                 break
@@ -504,6 +492,8 @@ class Supervisor:
         service = child.service
         path = _log_path(self.settings, service.name)
         env = {**os.environ, "PYTHONUNBUFFERED": "1", **service.env, MARK: f"{self._token}:{service.name}"}
+        if service.sign:
+            service.sign.unlink(missing_ok=True)
         handle = service.lock() if service.lock else None
         try:
             with open(path, "ab") as stream:

@@ -1,10 +1,12 @@
 """The Celery application: ``celery -A worker worker -Q text,image``.
 
-This module is the entry point of a worker (and of Flower), so it alone reads the settings on import. It stays light: torch
+This module is the entry point of a worker, so it reads the settings on import. It stays light: torch
 comes in with the first job that needs it, and only in the pool's child.
 """
 
 import os
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import structlog
@@ -12,7 +14,7 @@ from celery import Celery, signals
 
 from contentfactory.ids import is_id
 from contentfactory.jobs.spec import load_kinds
-from contentfactory.process import collect_rarely, die_with_parent
+from contentfactory.process import READY_FILE, collect_rarely, die_with_parent
 from contentfactory.settings import load_settings
 from producer.logs import configure_logs
 from producer.publish import celery_options
@@ -91,7 +93,8 @@ def _logging(**_: Any) -> None:
 def _start_child(**_: Any) -> None:
     die_with_parent()
     configure_logs(settings)
-    executor()
+    if not drain_file(settings).exists():  # who is told to stop while it starts has nothing to prepare
+        executor()
     collect_rarely()  # a micro-batch costs a seventh less
 
 
@@ -99,6 +102,13 @@ def _start_child(**_: Any) -> None:
 def _stop_child(**_: Any) -> None:
     if _executor is not None:
         _executor.close()
+
+
+@signals.worker_ready.connect
+def _tell_ready(**_: Any) -> None:
+    if sign := os.environ.get(READY_FILE):
+        with suppress(OSError):
+            Path(sign).touch()
 
 
 @signals.worker_shutting_down.connect

@@ -1,29 +1,39 @@
-"""``python -m worker.lean …`` is ``celery …`` without the plugins of Celery's command line.
+"""``python -m worker.lean -A APP worker …`` is ``celery -A APP worker …``, and so with ``flower``, without what the command does not need.
 
-Celery loads every plugin for every command: Flower, with a web server, in each worker. That is a second of computing a worker, and
-`factory up` starts several at once. What it takes on its command line and what it does is otherwise the same.
+Celery loads all of its commands and each plugin of its command line for every one: Flower with a web server in each worker, a shell with its
+history and completion in all. That is more than a second of computing a process, and `factory up` starts several at once. What these two
+take on their command line and what they do is otherwise the same; any other command is Celery's own.
 """
 
-import importlib.metadata
-from typing import Any
+import importlib
+import os
+import sys
 
-_entry_points = importlib.metadata.entry_points
-
-
-def _without_plugins(**select: Any) -> Any:
-    return () if select.get("group") == "celery.commands" else _entry_points(**select)
+COMMANDS = {"worker": "celery.bin.worker", "flower": "flower.command"}
+"""Modules whose attribute of the same name is the command."""
 
 
 def main() -> None:
-    """Run Celery's own command line."""
-    importlib.metadata.entry_points = _without_plugins  # type: ignore[assignment]
-    try:
-        import celery.bin.celery  # noqa: F401
-    finally:
-        importlib.metadata.entry_points = _entry_points
-    from celery.__main__ import main as celery_main
+    """Run the command line."""
+    import click
+    from celery.app.utils import find_app
+    from celery.bin.base import CLIContext
 
-    celery_main()
+    name = sys.argv[3] if len(sys.argv) > 3 and sys.argv[1] in ("-A", "--app") else ""
+    if name not in COMMANDS:
+        from celery.__main__ import main as celery_main
+
+        celery_main()
+        return
+
+    @click.group("celery")
+    @click.option("-A", "--app", required=True)
+    @click.pass_context
+    def group(context: click.Context, app: str) -> None:
+        context.obj = CLIContext(app=find_app(app), no_color=bool(os.environ.get("NO_COLOR")), workdir=None)
+
+    group.add_command(getattr(importlib.import_module(COMMANDS[name]), name))
+    group(auto_envvar_prefix="CELERY")
 
 
 if __name__ == "__main__":

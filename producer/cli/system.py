@@ -19,20 +19,25 @@ projects = typer.Typer(no_args_is_help=True)
 @contextmanager
 def start(f: Factory, *, flower: bool = True, quiet: bool = False) -> Iterator[Any]:
     """The running factory of this state folder, or one for the length of the block; yields the supervisor if it is ours."""
-    from db import lifecycle
-    from producer.supervisor import ensure, running
+    from producer.supervisor import ensure
 
-    if running(f.settings) is None and f.settings.embedded_broker and f.database.sqlite:
-        # This folder has no supervisor, so no worker of it lives: what they held may go on at once, without waiting for leases.
-        f.database.run(lambda conn: lifecycle.release_all(conn, "the factory was stopped"))
-    with ensure(f.settings, flower=flower) as up:
+    def prepare() -> None:
+        # Broker and Flower start meanwhile: loading what speaks to a database takes as long as they need.
+        database = f.database
+        if f.settings.embedded_broker and database.sqlite:
+            from db import lifecycle
+
+            # This folder has no other supervisor, so no worker of it lives: what they held may go on at once, without waiting for leases.
+            database.run(lambda conn: lifecycle.release_all(conn, "the factory was stopped"))
+
+    with ensure(f.settings, flower=flower, prepare=prepare) as up:
         if up is not None:
             up.wait_ready()
             if not quiet and up.flower_url:
                 print_line(f"Flower: {up.flower_url} (login {f.settings.flower_user}, password in {f.settings.run_dir / 'flower.password'})")
+        # The timer looks at the ledger as soon as it runs; what was opened before had no broker yet.
         f.__dict__.pop("publisher", None)
         f.__dict__.pop("producer", None)
-        f.producer.kick()
         yield up
 
 

@@ -106,7 +106,7 @@ class JobContext:
         seeds: Sequence[int],
         models: dict[str, ResolvedModel] | None = None,
         cache: ModelCache | None = None,
-        device: str = "cpu",
+        device: str | Callable[[], str] = "cpu",
         fetch: "Callable[[int, str | OutputRef], InputFile] | None" = None,
         report: Callable[[int, float | None, str, dict[str, float] | None], None] | None = None,
         is_cancelled: Callable[[int], bool] | None = None,
@@ -119,7 +119,7 @@ class JobContext:
         self.seeds = list(seeds)
         self.models = models or {}
         self.cache = cache or ModelCache(limit_mb=8192)
-        self.device = device
+        self._device = device
         self.reports: list[tuple[int, float | None, str, dict[str, float] | None]] = []
         self.published: list[Output] = []
         self._fetch = fetch
@@ -138,6 +138,11 @@ class JobContext:
             TransientError: If it cannot be made.
         """
         return self._scratch if isinstance(self._scratch, Path) else self._scratch()
+
+    @property
+    def device(self) -> str:
+        """Where to compute: ``cpu``, ``cuda`` or ``cuda:N``. Only asked for by what computes there: finding out may load torch."""
+        return self._device if isinstance(self._device, str) else self._device()
 
     @property
     def size(self) -> int:

@@ -527,7 +527,7 @@ class Executor:
             seeds=[m.claimed.seed for m in members],
             models=models,
             cache=self.cache,
-            device=self.device,
+            device=lambda: self.device,
             fetch=fetch,
             report=report,
             is_cancelled=(lambda job: keeper.gone(members[job].key)) if keeper else None,

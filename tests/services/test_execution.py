@@ -109,6 +109,13 @@ def test_a_group_is_run_once_and_committed(database, executor, act):
     assert {"wait_s", "inputs_s", "compute_s", "upload_s"} <= set(phases)
 
 
+def test_what_computes_on_no_device_does_not_look_for_one(database, executor, act, monkeypatch):
+    """Looking loads torch: seconds that the first job of a worker would wait, and hundreds of megabytes."""
+    monkeypatch.setattr(executor, "_device", None)
+    monkeypatch.setattr("worker.execution.pick_device", lambda wanted: pytest.fail("somebody looked"))
+    assert states(database, act("one", "two")) == ["succeeded"] * 2
+
+
 @pytest.fixture
 def commits(monkeypatch):
     """Set as soon as the statements of a commit have gone; counts them."""

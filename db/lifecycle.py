@@ -615,6 +615,14 @@ def claimed_by(conn: Connection, ids: Sequence[str], worker: str) -> list[Claime
     return [Claimed(*row) for row in conn.execute(query.order_by(Job.c.id)).all()]
 
 
+def unclaimed(conn: Connection, ids: Sequence[str], kind: str) -> list[Claimed]:
+    """Those of the jobs that nobody has claimed, as a claim would give them; they stay where they are."""
+    query: Any = select(*_CLAIMED, Job.c.micro_batch, Job.c.group_size).where(
+        among(conn, Job.c.id, ids), was(JobState.QUEUED, JobState.DISPATCHED), Job.c.kind == kind
+    )
+    return [Claimed(*row) for row in conn.execute(query).all()]
+
+
 def _by_attempt(keys: Iterable[tuple[str, int]]) -> dict[int, list[str]]:
     """Ids by attempt number. Nearly all have the same one, and then one plain statement fences all of them."""
     out: dict[int, list[str]] = defaultdict(list)

@@ -163,7 +163,7 @@ class Executor:
         memory.device_name("cpu")  # looked up while there is a handle to do it with
         self.meter = GroupMeter(self.database, lambda: memory.device_name(self._device or "auto"))
         self.keeper = Keeper(settings, self.worker, self.queues, settings.device) if keeper else None
-        self.warmup = WarmUp(self.database, self.cache, self._model, lambda: self.device, self.keeper)
+        self.warmup = WarmUp(self.database, self.cache, self._model, lambda: self.device, self.keeper, self._all_there)
         self.tracer = open_tracer("worker")
         self.uploads = ThreadPoolExecutor(settings.upload_threads, thread_name_prefix="upload")
         self.finishers = ThreadPoolExecutor(1, thread_name_prefix="finish")
@@ -408,6 +408,17 @@ class Executor:
             )  # fmt: skip
             out[member] = Success(member.claimed.id, member.claimed.attempt, copies, (), member.result_key, source, claimed=member.claimed)
         return out
+
+    def _all_there(self, kind: str, ids: Sequence[str]) -> bool:
+        """Whether all of these jobs will take earlier equal results, as those of a manifest that was handed in again do."""
+        spec = get_kind(kind)
+        if not spec.cacheable:
+            return False
+        with self.database.read() as conn:
+            members = [_Member(job) for job in lifecycle.unclaimed(conn, ids, kind)]
+        if len(members) < len(ids) or not all(member.claimed.reuse for member in members):
+            return False
+        return len(self._reuse(spec, self._prepare(spec, members))) == len(members)
 
     def _share(self, members: Sequence[_Member]) -> list[_Member]:
         """Equal jobs of one micro-batch are computed once: the first leads, the others follow."""

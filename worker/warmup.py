@@ -49,20 +49,22 @@ class WarmUp:
         resolve: Finds a model's files by project and name.
         device: Gives the device; asked only when something is loaded.
         keeper: Watches the load; None in tests.
+        needless: Whether jobs of a kind will do without their model; asked only before it would be loaded.
     """
 
     def __init__(
         self, database: Database, cache: ModelCache, resolve: Callable[[str, str], ResolvedModel], device: Callable[[], str],
-        keeper: Keeper | None = None,
+        keeper: Keeper | None = None, needless: Callable[[str, Sequence[str]], bool] = lambda kind, ids: False,
     ) -> None:  # fmt: skip
         self._database, self._cache, self._resolve, self._device, self._keeper = database, cache, resolve, device, keeper
+        self._needless = needless
         self.breaker = Breaker()
 
     def ready(self, kind: str, ids: Sequence[str]) -> bool:
         """Make sure that the hint's model is loaded.
 
         Returns:
-            Whether the jobs should be claimed now. Where not, they are queued again for when the breaker lets a load through.
+            Whether the jobs should be claimed now, because it is, or they need none. Where not, they are queued again for when the breaker lets a load through.
         """
         if kind not in LOADERS or not ids:
             return True
@@ -75,6 +77,11 @@ class WarmUp:
             return True
         if any(key.startswith(f"{row.model}|") for key in self._cache.keys):
             return True
+        try:
+            if self._needless(kind, ids):
+                return True
+        except FactoryError:
+            pass  # whoever loads it for nothing has only lost time
         wait_s = self.breaker.wait_s(row.model)
         if wait_s <= 0:
             try:

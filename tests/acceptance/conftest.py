@@ -26,6 +26,10 @@ class Cli:
             "FACTORY_DISPATCH_PERIOD_S": "0.5", "PYTHONWARNINGS": "ignore",
         }  # fmt: skip
 
+    def only(self, queues: str) -> None:
+        """Start no workers but one, for these queues: each takes as long to start as a job takes here."""
+        self.env["FACTORY_EMBEDDED_WORKERS"] = json.dumps({queues: 1})
+
     def start(self, *args: str, **options) -> "subprocess.Popen[str]":
         command = [sys.executable, "-m", "contentfactory", *args]
         return subprocess.Popen(command, env=self.env, cwd=ROOT, text=True, stdout=subprocess.PIPE, **{"stderr": subprocess.STDOUT, **options})
@@ -72,9 +76,11 @@ def cli(tmp_path: Path):
 
 
 @pytest.fixture(scope="module")
-def running(tmp_path_factory: pytest.TempPathFactory):
-    """A factory that runs for a module's tests."""
+def running(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory):
+    """A factory that runs for a module's tests; with the usual workers, or one for the module's ``QUEUES``."""
     made = Cli(tmp_path_factory.mktemp("factory") / "state")
+    if queues := getattr(request.module, "QUEUES", ""):
+        made.only(queues)
     process = made.start("up", "--no-flower")
     lines = []
     for line in process.stdout:

@@ -10,6 +10,8 @@ import pytest
 
 pytestmark = pytest.mark.timeout(300)
 
+QUEUES = "text"
+
 
 def write(path, lines):
     path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
@@ -127,6 +129,7 @@ def test_twelve_mistakes_are_refused_by_line(cli):
 
 @pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGKILL])
 def test_a_killed_run_goes_on_where_it_was(cli, tmp_path, sign):
+    cli.only("text")
     manifest = write(tmp_path / "m.jsonl", [echo(f"{n:02}", text=str(n), seconds=0.7, priority=n % 2) for n in range(16)])
     first = cli.start("run", manifest, "--no-flower")
     try:
@@ -150,6 +153,7 @@ def test_a_killed_run_goes_on_where_it_was(cli, tmp_path, sign):
 
 
 def test_a_second_run_reuses_everything_and_says_so(cli, tmp_path):
+    cli.only("text")
     lines = [{"custom_id": str(n), "kind": "text.embed", "params": {"input": f"text {n}"}} for n in range(3)]
     manifest = write(tmp_path / "m.jsonl", lines)
     cli("run", manifest, "--no-flower")

@@ -1,5 +1,6 @@
 """A model is loaded before its jobs are claimed; one that does not load holds them without a strike, for a while."""
 
+import dataclasses
 import types
 
 import pytest
@@ -7,6 +8,8 @@ from silent import Silent
 from sqlalchemy import select, update
 
 from contentfactory.errors import ModelUnavailable
+from contentfactory.jobs import spec as specs
+from contentfactory.jobs.spec import get_kind
 from contentfactory.settings import load_settings
 from db import lifecycle
 from db.models import Attempt, Job
@@ -75,6 +78,35 @@ def test_the_model_is_loaded_before_the_claim_and_once(database, executor, make_
         run(database, executor, make_jobs(1, model="m@1", reuse=False))
     assert seen == ["load", "claim", "run", "claim", "run"]
     assert executor.cache.loads == 1
+
+
+@pytest.fixture
+def cacheable(monkeypatch):
+    """As a kind whose equal jobs are computed once."""
+    changed = dataclasses.replace(get_kind("text.echo"), cacheable=True, seeded=True)
+    monkeypatch.setitem(specs._REGISTRY, "text.echo", changed)
+
+
+@pytest.mark.usefixtures("cacheable")
+def test_nothing_is_loaded_for_jobs_that_are_done_already(database, executor, make_jobs):
+    """A manifest handed in again to a worker that has just started: no model, and so not a broken one either."""
+    run(database, executor, make_jobs(2, model="m@1"))
+    assert seen == ["load", "run"]
+    executor.cache.clear()
+    fault.append(ValueError("broken file"))
+    run(database, executor, make_jobs(2, model="m@1"))
+    with database.read() as conn:
+        assert sorted(conn.execute(select(Job.state, Job.reused_from.is_not(None))).all()) == [("succeeded", False)] * 2 + [("succeeded", True)] * 2
+    assert seen == ["load", "run"]
+
+
+@pytest.mark.usefixtures("cacheable")
+@pytest.mark.parametrize("fields", [{"reuse": False}, {"seed": 7}, {"params": {"text": "new"}}], ids=["no reuse", "another seed", "another text"])
+def test_one_new_job_among_those_done_has_the_model_loaded(database, executor, make_jobs, fields):
+    run(database, executor, make_jobs(2, model="m@1"))
+    executor.cache.clear()
+    run(database, executor, make_jobs(1, model="m@1") + make_jobs(1, **{"model": "m@1", **fields}))
+    assert seen == ["load", "run"] * 2
 
 
 def test_a_broken_model_holds_its_jobs_without_a_strike(database, executor, make_jobs):

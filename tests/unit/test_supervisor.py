@@ -141,6 +141,56 @@ def test_a_gate_holds_back_what_comes_after(settings: Settings, tmp_path: Path) 
         assert alive(up.status()["second"]["pid"])
 
 
+def test_what_needs_the_ledger_starts_once_it_is_prepared_and_the_rest_meanwhile(settings: Settings) -> None:
+    seen: list[tuple[int | None, int | None]] = []
+    services = [Service("timer", python(SLEEP), ledger=True), Service("flower", python(SLEEP))]
+
+    def pids() -> tuple[int | None, int | None]:
+        status = up.status()
+        return status["timer"]["pid"], status["flower"]["pid"]
+
+    def prepare() -> None:
+        assert running(settings) is not None, "the folder is ours"
+        until(lambda: pids()[1])
+        time.sleep(0.2)
+        seen.append(pids())
+
+    up = Supervisor(settings, services=services, prepare=prepare)
+    with up:
+        up.wait_ready(5)
+        assert all(pids())
+    assert seen[0][0] is None
+
+
+def test_a_ledger_that_cannot_be_prepared_stops_what_was_started(settings: Settings) -> None:
+    started: list[int] = []
+    up = Supervisor(settings, services=[Service("flower", python(SLEEP)), Service("timer", python(SLEEP), ledger=True)], prepare=lambda: fail())
+
+    def fail() -> None:
+        until(lambda: up.status()["flower"]["pid"])
+        started.append(up.status()["flower"]["pid"])
+        raise ServiceUnavailable("no database")
+
+    with pytest.raises(ServiceUnavailable, match="no database"), up:
+        pytest.fail("it began all the same")
+    assert not alive(started[0])
+    assert running(settings) is None
+    with Supervisor(settings, services=[Service("flower", python(SLEEP))]) as again:
+        again.wait_ready(5)
+
+
+def test_a_sign_of_an_earlier_process_does_not_count(settings: Settings, tmp_path: Path) -> None:
+    sign, go = tmp_path / "sign", tmp_path / "go"
+    sign.touch()
+    code = f"import os, time\nwhile not os.path.exists({str(go)!r}): time.sleep(0.02)\nopen({str(sign)!r}, 'w').close()\ntime.sleep(600)"
+    with Supervisor(settings, services=[Service("worker", python(code), ready=sign.exists, sign=sign)]) as up:
+        until(lambda: up.status()["worker"]["pid"])
+        time.sleep(0.2)
+        assert up.status()["worker"]["state"] == "starting"
+        go.touch()
+        up.wait_ready(5)
+
+
 def test_a_killed_service_comes_back_without_its_old_children(settings: Settings, tmp_path: Path) -> None:
     path = tmp_path / "child"
     command = python(PARENT.format(stubborn=STUBBORN, path=str(path)))

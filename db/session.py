@@ -74,6 +74,9 @@ class Database:
         ConfigError: If the URL is of another database.
     """
 
+    _broke_at = -1e9
+    """When a connection was last found broken: those that rest since before may be, too."""
+
     def __init__(self, url: str, pool_size: int = 5, connect_timeout_s: float = 5.0) -> None:
         parsed = make_url(url)
         if parsed.drivername in ("postgresql", "postgres"):
@@ -82,7 +85,6 @@ class Database:
         self.sqlite = backend == "sqlite"
         self._thread = threading.local()
         self._turn: _Turn | None = None
-        self._broke_at = -1e9  # when a connection was last found broken: those that rest since before may be, too
         if self.sqlite:
             if parsed.database and parsed.database != ":memory:":
                 Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
@@ -113,7 +115,6 @@ class Database:
         else:
             raise ConfigError(f"database_url names {backend!r}; allowed: sqlite, postgresql", param="database_url")
         self._faults = faults(self.engine)
-        self._caught: tuple[type[Exception], ...] = (DisconnectionError, DBAPIError, *self._faults)
         self._writers = _AtHand(self.engine.execution_options(factory_begin="IMMEDIATE") if self.sqlite else self.engine, self._doubtful)
         self._readers = _AtHand(self.engine if self.sqlite else self.engine.execution_options(isolation_level="AUTOCOMMIT"), self._doubtful)
 
@@ -186,9 +187,10 @@ class Database:
     @contextmanager
     def _mapped(self) -> Iterator[None]:
         """Map connection faults, SQLAlchemy's and the driver's own, to ours; programming errors pass as they are."""
+        caught: tuple[type[Exception], ...] = (DisconnectionError, DBAPIError, *self._faults)
         try:
             yield
-        except self._caught as error:
+        except caught as error:
             if isinstance(error, DisconnectionError) or getattr(error, "connection_invalidated", False):
                 self._broke_at = time.monotonic()
             elif not isinstance(error, self._faults):

@@ -198,7 +198,7 @@ def plan(
             )
         )
     if timer:
-        services.append(Service("timer", [sys.executable, "-m", "producer.timer"], base, ledger=True))
+        services.append(Service("timer", [sys.executable, "-m", "contentfactory.service", "producer.timer"], base, ledger=True))
     chosen = settings.embedded_workers if workers is None else workers
     total = max(1, sum(chosen.values()))
     env = {

@@ -14,6 +14,7 @@ from sqlalchemy import Connection
 
 from contentfactory.errors import FactoryError, ServiceUnavailable
 from contentfactory.jobs.spec import QUEUES, load_kinds
+from contentfactory.process import collect_rarely
 from contentfactory.settings import Settings, load_settings
 from contentfactory.states import BatchState
 from db import batches, counters, lifecycle
@@ -147,6 +148,7 @@ def main() -> None:
         server = metrics.serve(settings.metrics_host, settings.metrics_port)
     timer = Timer(settings, database, publisher, Producer(settings, database, open_store(settings), publisher), metrics)
     log.info("timer_started", action="start", metrics_port=server.port if server else None)
+    collect_rarely()
     timer.run(stop)
     if server:
         server.close()

@@ -109,6 +109,7 @@ def _tell_ready(**_: Any) -> None:
     if sign := os.environ.get(READY_FILE):
         with suppress(OSError):
             Path(sign).touch()
+    collect_rarely()
 
 
 @signals.worker_shutting_down.connect

@@ -9,8 +9,14 @@ import importlib
 import os
 import sys
 
+from contentfactory.service import load_quickly
+
 COMMANDS = {"worker": "celery.bin.worker", "flower": "flower.command"}
 """Modules whose attribute of the same name is the command."""
+
+
+if __name__ in ("__main__", "__mp_main__"):  # the second is the pool's child
+    load_quickly()
 
 
 def main() -> None:

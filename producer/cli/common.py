@@ -120,6 +120,9 @@ class Factory:
 @contextmanager
 def factory(**overrides: Any) -> Iterator[Factory]:
     """Open a command's services; errors become one clear line and an exit code."""
+    from contentfactory.service import load_quickly
+
+    load_quickly(["structlog"])
     from contentfactory.settings import load_settings
 
     opened: Factory | None = None

@@ -28,7 +28,6 @@ from itertools import groupby
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Self
-from urllib.parse import urlsplit
 
 import psutil
 import structlog
@@ -190,11 +189,10 @@ def plan(
     if settings.embedded_broker:
         services.append(_broker_service(settings))
     if flower is not None:
-        url = f"http://{settings.flower_host}:{flower}"
         (settings.state_dir / "flower").mkdir(parents=True, exist_ok=True)
         services.append(
             Service(
-                "flower", lean(flower_command()), {**base, **flower_env(settings, flower)}, ready=lambda: _answers(url), essential=False
+                "flower", lean(flower_command()), {**base, **flower_env(settings, flower)}, ready=lambda: _answers(settings.flower_host, flower), essential=False
             )
         )
     if timer:
@@ -239,10 +237,9 @@ def _broker_service(settings: Settings) -> Service:
     )  # fmt: skip
 
 
-def _answers(url: str) -> bool:
-    """Whether something serves HTTP at the address; by the standard library, which asks no proxy and is loaded at once."""
-    parts = urlsplit(url)
-    connection = HTTPConnection(parts.hostname or "", parts.port, timeout=1.0)
+def _answers(host: str, port: int) -> bool:
+    """Whether something serves HTTP there; by the standard library, which asks no proxy and is loaded at once."""
+    connection = HTTPConnection(host, port, timeout=1.0)
     try:
         connection.request("GET", "/healthcheck")
         return connection.getresponse().status < 500

@@ -4,6 +4,7 @@ This module is the entry point of a worker, so it reads the settings on import. 
 comes in with the first job that needs it, and only in the pool's child.
 """
 
+import gc
 import os
 from contextlib import suppress
 from pathlib import Path
@@ -109,7 +110,8 @@ def _tell_ready(**_: Any) -> None:
     if sign := os.environ.get(READY_FILE):
         with suppress(OSError):
             Path(sign).touch()
-    collect_rarely()
+    if not gc.get_freeze_count():  # not after each loss of the broker: what is frozen is kept for good
+        collect_rarely()
 
 
 @signals.worker_shutting_down.connect

@@ -1,6 +1,6 @@
 """``python -m contentfactory.service MODULE ARGUMENT…`` is ``python -m MODULE ARGUMENT…``, sooner ready.
 
-`factory up` starts its processes at once, and what they do first is load libraries, on all cores. A sixth of that is spared here: the
+`factory up` starts its processes at once, and what they do first is load libraries, on all cores. An eighth of that is spared here: the
 collector does not look again and again through what has just been loaded and stays, and two libraries come without companions that no service
 uses (structlog loads rich for coloured tracebacks, redis-py the SDK of OpenTelemetry for metrics of its own).
 """

@@ -244,7 +244,7 @@ class _AtHand:
     def __init__(self, engine: Engine, doubtful: Callable[[float], bool]) -> None:
         self._engine = engine
         self._doubtful = doubtful
-        self._rests: list[tuple[Connection, Any, float, int]] = []  # one; taken and put by single steps, which threads cannot divide
+        self._rests: list[tuple[Connection, float, int]] = []  # one; taken and put by single steps, which threads cannot divide
 
     @contextmanager
     def lent(self) -> Iterator[Connection]:
@@ -258,34 +258,31 @@ class _AtHand:
         if self._rests or connection.invalidated or connection.in_transaction():
             connection.close()
         else:
-            self._rests.append((connection, self._engine.pool, time.monotonic(), os.getpid()))
+            self._rests.append((connection, time.monotonic(), os.getpid()))
 
     def _take(self) -> Connection | None:
         try:
-            connection, pool, used, process = self._rests.pop()
+            connection, used, process = self._rests.pop()
         except IndexError:
             return None
         if process != os.getpid():
             _FORKED.append(connection)
             return None
-        if pool is self._engine.pool and not self._doubtful(used):
+        if not self._doubtful(used):
             return connection
-        self._give_back(connection, pool, used)
+        self._give_back(connection, used)
         return None
 
-    def _give_back(self, connection: Connection, pool: Any, used: float) -> None:
-        if pool is self._engine.pool:
-            connection.info["rests_since"] = used
-        else:
-            connection.invalidate()  # the pool was replaced, and would not see this one again
+    def _give_back(self, connection: Connection, used: float) -> None:
+        connection.info["rests_since"] = used
         connection.close()
 
     def close(self) -> None:
         """Give the connection back to the pool."""
         while self._rests:
-            connection, pool, used, process = self._rests.pop()
+            connection, used, process = self._rests.pop()
             if process == os.getpid():
-                self._give_back(connection, pool, used)
+                self._give_back(connection, used)
 
 
 _FORKED: list[Connection] = []

@@ -2,12 +2,11 @@
 
 Celery loads all of its commands and each plugin of its command line for every one: Flower with a web server in each worker, a shell with its
 history and completion in all. That is more than a second of computing a process, and `factory up` starts several at once. What these two
-take on their command line and what they do is otherwise the same; any other command is Celery's own.
+take on their command line and what they do is otherwise the same.
 """
 
 import importlib
 import os
-import sys
 
 from contentfactory.service import load_quickly
 
@@ -25,20 +24,21 @@ def main() -> None:
     from celery.app.utils import find_app
     from celery.bin.base import CLIContext
 
-    name = sys.argv[3] if len(sys.argv) > 3 and sys.argv[1] in ("-A", "--app") else ""
-    if name not in COMMANDS:
-        from celery.__main__ import main as celery_main
+    class Commands(click.Group):
+        """The group of `COMMANDS`, each loaded when it is asked for."""
 
-        celery_main()
-        return
+        def list_commands(self, context: click.Context) -> list[str]:
+            return list(COMMANDS)
 
-    @click.group("celery")
+        def get_command(self, context: click.Context, name: str) -> click.Command | None:
+            return getattr(importlib.import_module(COMMANDS[name]), name) if name in COMMANDS else None
+
+    @click.group("celery", cls=Commands)
     @click.option("-A", "--app", required=True)
     @click.pass_context
     def group(context: click.Context, app: str) -> None:
         context.obj = CLIContext(app=find_app(app), no_color=bool(os.environ.get("NO_COLOR")), workdir=None)
 
-    group.add_command(getattr(importlib.import_module(COMMANDS[name]), name))
     group(auto_envvar_prefix="CELERY")
 
 

@@ -64,7 +64,8 @@ class WarmUp:
         """Make sure that the hint's model is loaded.
 
         Returns:
-            Whether the jobs should be claimed now, because it is, or they need none. Where not, they are queued again for when the breaker lets a load through.
+            Whether the jobs should be claimed now, because it is, or they need none. Where not, they are queued again for when the breaker lets
+            a load through.
         """
         if kind not in LOADERS or not ids:
             return True

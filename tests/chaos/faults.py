@@ -104,7 +104,7 @@ def judge(scene: Scene, report: Report, timeout: float, *, expect: dict[str, str
     """Wait for quiet and check every invariant that can be read off the ledger, the audit and the store."""
     if not scene.quiet(timeout):
         report.violations.append(f"I1: not quiet after {timeout:.0f} s: {scene.states()}")
-    scene.database.engine.dispose()  # connections of before a restart
+    scene.database.close()  # connections of before a restart
     data = checker.ledger(scene.database)
     report.jobs = len(data["jobs"])
     report.violations += checker.check_ledger(data, scene.accepted, expect=expect)

@@ -15,11 +15,10 @@ BROKER = {"FACTORY_BROKER_URL": "redis://127.0.0.1:1/0"}
     ("command", "absent"),
     [
         (["contentfactory", "--help"], {"pydantic", "pydantic_settings", "sqlalchemy", "celery", "redis", "rich.table", "torch"}),
-        (["worker.lean", "-A", "worker", "worker", "--help"], {"sqlalchemy", "flower", "tornado", "torch", "numpy", "boto3", *UNUSED}),
+        (["worker.lean", "-A", "worker", "worker", "--help"], {"sqlalchemy", "flower.app", "tornado.web", "prompt_toolkit", "torch", "numpy", "boto3", *UNUSED}),
         (["worker.lean", "-A", "producer.watching", "flower", "--help"], {"contentfactory.catalogue.text", "sqlalchemy", "torch", *UNUSED}),
-        (["worker.lean", "-A", "worker", "inspect", "--help"], {"flower"}),
     ],
-    ids=["factory --help", "worker", "flower", "other commands"],
+    ids=["factory --help", "worker", "flower"],
 )
 def test_only_what_is_needed_is_loaded(command: list[str], absent: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {**BROKER, "FACTORY_STATE_DIR": str(tmp_path)}.items():
@@ -30,6 +29,23 @@ def test_only_what_is_needed_is_loaded(command: list[str], absent: set[str], tmp
     loaded = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
     assert len(loaded) > 50
     assert loaded & absent == set()
+
+
+def test_a_worker_by_itself_loads_what_the_other_would_have_spared_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is looked for above is to be seen where it is loaded."""
+    for name, value in {**BROKER, "FACTORY_STATE_DIR": str(tmp_path)}.items():
+        monkeypatch.setenv(name, value)
+    command = [sys.executable, "-X", "importtime", "-m", "celery", "-A", "worker", "worker", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    loaded = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
+    assert loaded >= {"flower.app", "tornado.web", "prompt_toolkit", *UNUSED}
+
+
+def test_other_commands_are_refused(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "worker.lean", "-A", "worker", "inspect"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env={**os.environ, **BROKER, "FACTORY_STATE_DIR": str(tmp_path)})
+    assert done.returncode == 2
+    assert "No such command 'inspect'" in done.stderr
 
 
 def test_a_listing_needs_neither_broker_nor_migrations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -89,16 +89,17 @@ def _prepare(conn: Connection, statement: Any) -> _Prepared:
     return found
 
 
-def rows(conn: Connection, statement: Any, values: Mapping[str, Any] = _NOTHING) -> list[Any]:
+def rows(conn: Connection, statement: Any, values: Mapping[str, Any] = _NOTHING, *, meanwhile: Callable[[], None] | None = None) -> list[Any]:
     """Run a statement; its rows, none where it returns none.
 
     Args:
         conn: Connection in a transaction.
         statement: One that is built once and kept: it is remembered for good.
         values: Its parameters.
+        meanwhile: As in `run`.
     """
     prepared = _prepare(conn, statement)
-    return prepared.read(run(conn, prepared.text, prepared.values(values), binary=prepared.binary))
+    return prepared.read(run(conn, prepared.text, prepared.values(values), binary=prepared.binary, meanwhile=meanwhile))
 
 
 def one(conn: Connection, statement: Any, values: Mapping[str, Any] = _NOTHING) -> Any:
@@ -123,13 +124,31 @@ def many(conn: Connection, statement: Any, values: Iterable[Mapping[str, Any]]) 
     run_many(conn, prepared.text, [prepared.values(one) for one in values])
 
 
-def run(conn: Connection, text: str, values: Any, *, binary: bool = False) -> list[Any]:
-    """Run a statement in the driver's words; its rows, none where it returns none."""
+def run(conn: Connection, text: str, values: Any, *, binary: bool = False, meanwhile: Callable[[], None] | None = None) -> list[Any]:
+    """Run a statement in the driver's words; its rows, none where it returns none.
+
+    Args:
+        conn: Connection in a transaction.
+        text: The statement.
+        values: Its parameters.
+        binary: Whether the rows are numbers, which PostgreSQL then sends as it has them.
+        meanwhile: What to do while the database works on it, or after that where the driver waits for it.
+    """
+    found: list[Any] | None = None
+    if conn.dialect.name == "postgresql":
+        from db import wire  # and with it the driver, which few processes on SQLite ever load
+
+        with _faults(conn):
+            found = wire.ask(conn, text, values, binary=binary, meanwhile=meanwhile)
+        if found is not None:
+            return found
     with cursor(conn) as its:
         if binary and conn.dialect.name == "postgresql":
             its.format = 1
         its.execute(text, values)
-        found: list[Any] = its.fetchall() if its.description is not None else []
+        found = its.fetchall() if its.description is not None else []
+    if meanwhile:
+        meanwhile()
     return found
 
 
@@ -141,17 +160,23 @@ def cursor(conn: Connection) -> Iterator[Any]:
         sqlalchemy.exc.DisconnectionError: If the connection broke. The driver has several errors for it (one whose transaction was ended while it
             paused is 'internal'), and its own of everything else pass as they are.
     """
-    proxied = conn.connection
-    found: Any = proxied.cursor()
+    with _faults(conn):
+        found: Any = conn.connection.cursor()
+        try:
+            yield found
+        finally:
+            found.close()
+
+
+@contextmanager
+def _faults(conn: Connection) -> Iterator[None]:
     try:
-        yield found
+        yield
     except Exception as error:
-        if conn.dialect.is_disconnect(error, proxied.dbapi_connection, found):  # type: ignore[arg-type]
+        if not conn.invalidated and conn.dialect.is_disconnect(error, conn.connection.dbapi_connection, None):  # type: ignore[arg-type]
             conn.invalidate(error)
             raise DisconnectionError(str(error)) from error
         raise
-    finally:
-        found.close()
 
 
 def run_many(conn: Connection, text: str, values: Iterable[Sequence[Any]]) -> None:

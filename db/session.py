@@ -253,6 +253,10 @@ class _AtHand:
         try:
             yield connection
         except BaseException:
+            if connection.dialect.name == "postgresql":
+                from db import wire
+
+                wire.doubt(connection)
             connection.close()  # whatever became of it, the pool knows
             raise
         if self._rests or connection.invalidated or connection.in_transaction():

@@ -17,7 +17,7 @@ import os
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -101,29 +101,26 @@ class LocalStore:
         self, key: str, data: Source, *, media_type: str, sha256: str | None = None, size: int | None = None
     ) -> StoredObject:
         """See ``ObjectStore.put``."""
-        target = self._path(key)
         expected = promised_sha256(key, sha256)
         check_media_type(media_type)
+        # Names as text: a worker puts a result for each job, and paths as objects would cost it as much as the disk does.
+        target = f"{self._objects}/{key}"
+        folder = target.rpartition("/")[0]
         with opened(data) as stream, self._mapped("write"), self._temporary() as temporary:
-            reader = HashingReader(stream, key, sha256=expected, size=size)
-            with temporary.open("xb") as file:
-                while chunk := reader.read(CHUNK):
-                    file.write(chunk)
-                file.flush()
-                if self._durable:
-                    os.fsync(file.fileno())
-            self._make_folder(target.parent)
+            sha256, count = self._write(temporary, HashingReader(stream, key, sha256=expected, size=size))
+            entered = [folder, *self._make_folder(folder)]
             if self._link(temporary, target):
-                self._write_meta(key, reader.sha256, media_type)
+                self._write_meta(key, sha256, media_type)
             else:
-                media_type = self._settle(key, temporary, reader, media_type)
+                media_type = self._settle(key, temporary, sha256, count, media_type)
             if self._durable:
-                _sync_folder(target.parent)
+                for name in entered:
+                    _sync_folder(name)
             try:
-                status = target.stat()
+                status = os.stat(target)
             except FileNotFoundError:
                 raise StorageError(f"object {key} was deleted while it was put") from None
-        return StoredObject(key, reader.count, reader.sha256, media_type, status.st_mtime, _etag(status))
+        return StoredObject(key, count, sha256, media_type, status.st_mtime, _etag(status))
 
     def get(self, key: str, *, start: int = 0, end: int | None = None) -> bytes:
         """See ``ObjectStore.get``."""
@@ -156,8 +153,7 @@ class LocalStore:
             for key, path in wanted.items():
                 # The object first: a description without an object is invisible.
                 for victim in (path, self._meta_path(key)):
-                    with suppress(FileNotFoundError, NotADirectoryError):
-                        victim.unlink()
+                    _unlink(str(victim))
         return len(wanted)
 
     def list(self, prefix: str = "") -> Iterator[StoredObject]:
@@ -209,7 +205,8 @@ class LocalStore:
     def check(self) -> None:
         """See ``ObjectStore.check``."""
         try:
-            with self._mapped("check"), self._temporary() as temporary:
+            with self._mapped("check"), self._temporary() as name:
+                temporary = Path(name)
                 temporary.write_bytes(b"check")
                 if temporary.read_bytes() != b"check":
                     raise ServiceUnavailable(
@@ -241,7 +238,21 @@ class LocalStore:
         file.seek(start)
         return HashingReader(Slice(file, None if end is None else end - start), key, close_source=True)
 
-    def _settle(self, key: str, temporary: Path, reader: HashingReader, media_type: str) -> str:
+    def _write(self, temporary: str, reader: HashingReader) -> tuple[str, int]:
+        """Write a file of what the reader gives; digest and number of its bytes."""
+        number = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        try:
+            while chunk := reader.read(CHUNK):
+                left = memoryview(chunk)
+                while left:
+                    left = left[os.write(number, left) :]
+            if self._durable:
+                os.fsync(number)
+        finally:
+            os.close(number)
+        return reader.sha256, reader.count
+
+    def _settle(self, key: str, temporary: str, sha256: str, count: int, media_type: str) -> str:
         """The key is taken: by the same bytes, by others, or by what a power cut or a bad disk made of them.
 
         Returns:
@@ -250,14 +261,14 @@ class LocalStore:
         target = self._path(key)
         meta = self._read_meta(key)
         try:
-            if meta is not None and meta[0] == reader.sha256 and target.stat().st_size == reader.count:
+            if meta is not None and meta[0] == sha256 and target.stat().st_size == count:
                 os.utime(target)
                 return meta[1]
             # The description may be a leftover: only the bytes themselves say for sure.
             with target.open("rb") as file:
-                same = sha256_of(file) == (reader.sha256, reader.count)
+                same = sha256_of(file) == (sha256, count)
             if not same:
-                if sha256_of_key(key) != reader.sha256:
+                if sha256_of_key(key) != sha256:
                     raise ObjectExists(f"object {key} holds other bytes already")
                 _log.warning("object_repaired", key=key)
                 os.replace(temporary, target)
@@ -266,7 +277,7 @@ class LocalStore:
             raise StorageError(f"object {key} was deleted while it was put again") from None
         if meta is None and (told := _told_by(key)):
             return told[1]  # the first put's type, which it had no need to write down
-        self._write_meta(key, reader.sha256, media_type)
+        self._write_meta(key, sha256, media_type)
         return media_type
 
     def _describe(self, key: str) -> StoredObject | None:
@@ -293,34 +304,33 @@ class LocalStore:
             return None
 
     def _write_meta(self, key: str, sha256: str, media_type: str) -> None:
-        path = self._meta_path(key)
         if (sha256, media_type) == _told_by(key):
             # Most results: a description of their own would be half of the work of a put.
-            with suppress(FileNotFoundError, NotADirectoryError):
-                path.unlink()  # what a deletion that was cut short left
+            _unlink(f"{self._meta}/{key}.json")  # what a deletion that was cut short left
             return
+        path = self._meta_path(key)
         path.parent.mkdir(parents=True, exist_ok=True)
         with self._temporary() as temporary:
-            temporary.write_text(json.dumps({"sha256": sha256, "media_type": media_type}))
+            Path(temporary).write_text(json.dumps({"sha256": sha256, "media_type": media_type}))
             os.replace(temporary, path)
 
     @contextmanager
-    def _temporary(self) -> Iterator[Path]:
-        path = self._tmp / f"{os.getpid()}-{secrets.token_hex(8)}"
+    def _temporary(self) -> Iterator[str]:
+        path = f"{self._tmp}/{os.getpid()}-{secrets.token_hex(8)}"
         try:
             yield path
         finally:
             with suppress(OSError):
-                path.unlink(missing_ok=True)
+                os.unlink(path)
 
-    def _link(self, temporary: Path, target: Path) -> bool:
+    def _link(self, temporary: str, target: str) -> bool:
         """Let the finished file appear under its key. False if the key is taken."""
         try:
             os.link(temporary, target)
         except FileExistsError:
-            if target.is_dir():
+            if os.path.isdir(target):
                 raise InputError(
-                    f"object key {target.name!r} is the beginning of other objects' keys", param="key"
+                    f"object key {os.path.basename(target)!r} is the beginning of other objects' keys", param="key"
                 ) from None
             return False
         except OSError as error:
@@ -329,28 +339,32 @@ class LocalStore:
             return self._rename(temporary, target)
         return True
 
-    def _rename(self, temporary: Path, target: Path) -> bool:
+    def _rename(self, temporary: str, target: str) -> bool:
         """The same on file systems without hard links: under a lock that all writers of this folder take."""
         import fcntl
 
         with self._rename_lock, (self.root / "lock").open("a") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            if target.exists():
+            if os.path.lexists(target):
                 return False
             os.rename(temporary, target)
             return True
 
-    def _make_folder(self, folder: Path) -> None:
-        """Make a folder and its parents; a new name is on the disk only when its parent was flushed."""
+    def _make_folder(self, folder: str) -> Sequence[str]:
+        """Make a folder and its parents.
+
+        Returns:
+            Folders with a new entry, which is on the disk only when they were flushed: after what is put into the new one, since a file system
+            with a journal then writes that once.
+        """
         missing = []
-        while not folder.is_dir():
+        while not os.path.isdir(folder):
             missing.append(folder)
-            folder = folder.parent
+            folder = os.path.dirname(folder)
         for new in reversed(missing):
             with suppress(FileExistsError):
-                new.mkdir()
-            if self._durable:
-                _sync_folder(new.parent)
+                os.mkdir(new)
+        return [os.path.dirname(new) for new in missing]
 
     def _walk(self, folder: Path, key: str, prefix: str) -> Iterator[StoredObject]:
         """Files below a folder in the order of their keys, one folder in memory at a time."""
@@ -400,11 +414,16 @@ def _told_by(key: str) -> tuple[str, str] | None:
     return (sha256, media_type_for(key)) if sha256 else None
 
 
+def _unlink(path: str) -> None:
+    with suppress(FileNotFoundError, NotADirectoryError):
+        os.unlink(path)
+
+
 def _etag(status: os.stat_result) -> str:
     return f"{status.st_mtime_ns:x}-{status.st_size:x}"
 
 
-def _sync_folder(folder: Path) -> None:
+def _sync_folder(folder: str) -> None:
     """Flush a folder's entries to the disk."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:

@@ -1,14 +1,15 @@
 """Hints on the broker: Celery messages that carry ids, in four bands of priority per queue."""
 
 import json
+import os
 import time
 from collections import deque
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import redis
-from redis.exceptions import RedisError
+from redis.exceptions import RedisError, ResponseError
 
 from contentfactory.errors import ServiceUnavailable
 from contentfactory.settings import Settings
@@ -27,6 +28,7 @@ come back, from a worker that died say, are not made to wait for all of it a sec
 _SEPARATOR = "\x06\x16"
 ENDED = "factory.ended"
 """Channel on which workers name interactive jobs that have ended. A hint, as everything on the broker: the ledger says how they ended."""
+_Command = tuple[str, ...]
 MAX_EARS = 8
 """Connections to that channel that are kept while nobody waits."""
 
@@ -76,6 +78,7 @@ class Publisher:
         url = settings.redis()
         tcp = {} if url.startswith("unix:") else {"socket_keepalive": True}
         self._redis = redis.Redis.from_url(url, socket_timeout=15, socket_connect_timeout=5, **tcp)
+        self._line = _Line(self._redis)
         self._ears: deque[Any] = deque()
         """Connections of those who waited once and are ready for the next."""
         # Where kombu publishes events: a channel of the broker's database, of the exchange, of the routing key.
@@ -89,17 +92,19 @@ class Publisher:
         """
         if not hints:
             return []
+        messages = []
+        commands: list[_Command] = []
+        for hint in hints:
+            priority = band(hint)
+            messages.append(transport.hint_message(hint.kind, hint.ids, hint.queue, priority, hint.dispatched_at))
+            commands.append(("LPUSH", self._key(hint.queue, priority), json.dumps(messages[-1])))
+
+        def events() -> list[_Command]:
+            # From these Flower learns each message's queue, while workers take the messages.
+            return [("PUBLISH", self._events, json.dumps(transport.sent_event(message))) for message in messages]
+
         try:
-            with self._redis.pipeline(transaction=False) as pipe:
-                messages = []
-                for hint in hints:
-                    priority = band(hint)
-                    messages.append(transport.hint_message(hint.kind, hint.ids, hint.queue, priority, hint.dispatched_at))
-                    pipe.lpush(self._key(hint.queue, priority), json.dumps(messages[-1]))
-                for message in messages:
-                    # From this event Flower learns the message's queue.
-                    pipe.publish(self._events, json.dumps(transport.sent_event(message)))
-                answers = pipe.execute(raise_on_error=False)
+            answers = self._line.ask(commands, events)
         except (RedisError, OSError):
             # Some may have arrived: their jobs are put back all the same, and a hint too many does no harm.
             return list(hints)
@@ -108,7 +113,7 @@ class Publisher:
     def ended(self, job_ids: Sequence[str]) -> None:
         """Tell whoever waits for these jobs that they have ended; see `listen`."""
         try:
-            self._redis.publish(ENDED, " ".join(job_ids))
+            self._line.ask([("PUBLISH", ENDED, " ".join(job_ids))])
         except (RedisError, OSError):
             return  # they look at the ledger now and then
 
@@ -171,9 +176,12 @@ class Publisher:
             ServiceUnavailable: If the broker does not answer.
         """
         try:
-            return bool(self._redis.exists(*(key for queue in queues for key in self._keys(queue))))
+            [found] = self._line.ask([("EXISTS", *(key for queue in queues for key in self._keys(queue)))])
         except (RedisError, OSError) as error:
             raise ServiceUnavailable(f"the broker did not answer: {error}", code="broker_unavailable") from None
+        if isinstance(found, Exception):
+            raise ServiceUnavailable(f"the broker did not answer: {found}", code="broker_unavailable")
+        return bool(found)
 
     def oldest(self, queue: str) -> float | None:
         """Dispatch time (the ledger's clock) of the hint that waits longest; None where none waits, 0 where nobody knows.
@@ -218,6 +226,7 @@ class Publisher:
         while (ear := self._kept()) is not None:
             with suppress(RedisError, OSError):
                 ear.close()
+        self._line.close()
         self._redis.close()
 
     @staticmethod
@@ -227,6 +236,85 @@ class Publisher:
     @classmethod
     def _keys(cls, queue: str) -> list[str]:
         return [cls._key(queue, priority) for priority in BANDS]
+
+
+class _Line:
+    """One connection to the broker that stays out of the client's pool, for the few commands that every job costs: what the client does around
+    each takes as long as the broker's answer. Whoever comes while it is in use is served by the client, and so is whoever finds it broken.
+
+    Args:
+        client: The client.
+    """
+
+    def __init__(self, client: "redis.Redis") -> None:
+        self._client = client
+        self._rests: list[tuple[Any, int]] = []  # one; taken and put by single steps, which threads cannot divide
+
+    def ask(self, commands: Sequence[_Command], further: Callable[[], Sequence[_Command]] | None = None) -> list[Any]:
+        """Send commands; the answer to each, which is an exception where the broker refused it.
+
+        Some may be sent twice, where the broker's answer is lost.
+
+        Args:
+            commands: Names of commands and their arguments.
+            further: Makes more of them, while the broker does the first.
+
+        Raises:
+            RedisError: If the broker does not answer.
+        """
+        if (connection := self._take()) is not None:
+            try:
+                answers = _exchange(connection, commands, further)
+            except (RedisError, OSError):
+                self._client.connection_pool.release(connection)  # which has closed itself, and opens anew when it is wanted
+            except BaseException:
+                connection.disconnect()  # there may be answers on it that nobody has read
+                self._client.connection_pool.release(connection)
+                raise
+            else:
+                self._rest(connection)
+                return answers
+        with self._client.pipeline(transaction=False) as pipe:
+            for command in (*commands, *(further() if further else ())):
+                pipe.execute_command(*command)  # type: ignore[no-untyped-call]
+            answers = pipe.execute(raise_on_error=False)
+        if not self._rests:
+            self._rest(self._client.connection_pool.get_connection())
+        return answers
+
+    def _take(self) -> Any:
+        try:
+            connection, process = self._rests.pop()
+        except IndexError:
+            return None
+        return connection if process == os.getpid() else None  # the one before this process was forked is that one's
+
+    def _rest(self, connection: Any) -> None:
+        if self._rests:
+            self._client.connection_pool.release(connection)
+        else:
+            self._rests.append((connection, os.getpid()))
+
+    def close(self) -> None:
+        """Give the connection back."""
+        if (connection := self._take()) is not None:
+            self._client.connection_pool.release(connection)
+
+
+def _exchange(connection: Any, commands: Sequence[_Command], further: Callable[[], Sequence[_Command]] | None) -> list[Any]:
+    connection.send_packed_command(connection.pack_commands(commands))
+    count = len(commands)
+    if further:
+        more = further()
+        connection.send_packed_command(connection.pack_commands(more))
+        count += len(more)
+    answers: list[Any] = []
+    for _ in range(count):
+        try:
+            answers.append(connection.read_response())
+        except ResponseError as error:
+            answers.append(error)
+    return answers
 
 
 class Listener:

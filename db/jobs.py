@@ -1,6 +1,6 @@
 """Jobs and artifacts as they are read."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -35,11 +35,13 @@ def get(conn: Connection, project_id: str, job_id: str) -> RowMapping | None:
     return conn.execute(_ONE, {"p_job": job_id, "p_project": project_id}).mappings().one_or_none()
 
 
-def states(conn: Connection, job_ids: Sequence[str]) -> dict[str, JobState]:
-    """State of each job that exists."""
+def states(conn: Connection, job_ids: Sequence[str], *, meanwhile: Callable[[], None] | None = None) -> dict[str, JobState]:
+    """State of each job that exists; ``meanwhile`` is done while the database looks."""
     if len(job_ids) == 1:  # one plan for all, which PostgreSQL makes for a list each time anew
-        rows = prepared.rows(conn, _STATE, {"p_id": job_ids[0]})
+        rows = prepared.rows(conn, _STATE, {"p_id": job_ids[0]}, meanwhile=meanwhile)
     else:
+        if meanwhile:
+            meanwhile()
         rows = list(conn.execute(select(Job.id, Job.state).where(among(conn, Job.id, job_ids))))
     return {job_id: JobState(state) for job_id, state in rows}
 

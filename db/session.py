@@ -156,8 +156,14 @@ class Database:
         Raises:
             ServiceUnavailable: If the database cannot be reached.
         """
-        with self._mapped(), self.engine.connect() if transaction else self._readers.lent() as connection, connection.begin():
+        if self.sqlite or transaction:
+            with self._mapped(), self.engine.connect() if transaction else self._readers.lent() as connection, connection.begin():
+                yield connection
+            return
+        with self._mapped(), self._readers.lent() as connection:
             yield connection
+            if connection.in_transaction():
+                connection.rollback()  # SQLAlchemy's word for it; there is none
 
     def run(self, work: Callable[[Connection], T], tries: int = 5, *, whole: bool = True, durable: bool = True) -> T:
         """Run a write transaction, again after a deadlock, serialisation failure or lost connection before the commit.

@@ -4,7 +4,7 @@ import hashlib
 import os
 import random
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -43,6 +43,16 @@ _Settled = tuple[str, str, float]
 """What a row needs of checked params: their JSON, what they share a forward pass by, estimated compute seconds."""
 MAX_MANY = 100_000
 """Most jobs in one call of `Producer.submit_many`; what is larger goes in as a manifest, which streams."""
+
+
+def _may_refer(media: bool, params: Any) -> bool:
+    """Whether there may be a reference to a job, an artifact or a data set in params: most are plain values.
+
+    Args:
+        media: Whether the kind takes any (`takes_media`).
+        params: As they were handed in.
+    """
+    return media or not isinstance(params, Mapping) or any(type(value) not in _PLAIN for value in params.values())
 
 
 class Producer:
@@ -116,7 +126,8 @@ class Producer:
         if idempotency_key is not None and not 0 < len(idempotency_key) <= 255:
             raise InputError(f"idempotency_key has {len(idempotency_key)} characters; allowed: 1 to 255", param="idempotency_key")
         project_id = self.project_id(project)
-        parents = tuple(dict.fromkeys((*depends_on, *(ref.job for _, ref in iter_refs(parsed)))))
+        refers = _may_refer(takes_media(spec.params), params)
+        parents = tuple(dict.fromkeys((*depends_on, *(ref.job for _, ref in (iter_refs(parsed) if refers else ())))))
         request = {"kind": spec.name, "params": canonical(parsed), "priority": priority, "seed": seed, "depends_on": list(depends_on)}
         request_hash = hashlib.sha256(dumps_sorted(request).encode()).hexdigest()
         job_id = new_id("job")
@@ -135,8 +146,10 @@ class Producer:
                 if not is_id(parent, "job") or jobs.get(conn, project_id, parent) is None:
                     raise InputError(f"depends on {parent!r}, which is no job of this project", code="unknown_dependency", param="depends_on")
             model = ModelPins(conn, project_id).pin(spec, getattr(parsed, "model", None))
-            self._check_artifacts(conn, project_id, parsed)
-            pinned = pin_datasets(conn, project_id, parsed)
+            pinned = parsed
+            if refers:
+                self._check_artifacts(conn, project_id, parsed)
+                pinned = pin_datasets(conn, project_id, parsed)
             return lifecycle.NewJob(
                 id=job_id, project_id=project_id, kind=spec.name, queue=spec.queue, params=pinned.model_dump(mode="json"),
                 share_key=spec.share_key(parsed, model), seconds=estimate(spec, parsed), seed=chosen, model=model,
@@ -232,8 +245,7 @@ class Producer:
                     raise InputError(f"seed is {seeds[index]}; allowed: 0 to {2**32 - 1}", param="seed")
             except InputError as error:
                 raise InputError(f"job {index}: {error.message}", code=error.code, param=error.param, index=index) from None
-            # Whether there may be a reference in it: most params are plain values.
-            if media or not isinstance(one, Mapping) or any(type(value) not in _PLAIN for value in one.values()):
+            if _may_refer(media, one):
                 referring.add(index)
             # Nothing is kept that Python's collector would look at again and again, which took a third of the call.
             settled = None if spec.takes_model or index in referring else (spec.params_json(parsed), spec.share_key(parsed, None), estimate(spec, parsed))
@@ -302,16 +314,17 @@ class Producer:
         end = time.monotonic() + timeout_s
         pause = 0.02 if self.publisher else 0.002
         with self.publisher.listen(job_ids) if self.publisher else nullcontext() as heard:
+            last: Callable[[], None] | None = None
             while True:
                 with self.database.read() as conn:
-                    states = jobs.states(conn, job_ids)
+                    states = jobs.states(conn, job_ids, meanwhile=last)
                 left = end - time.monotonic()
                 if left <= 0 or all(state in TERMINAL for state in states.values()):
                     return states
-                if heard is None:
+                if heard is None or heard.closed:
                     time.sleep(min(left, pause))
-                else:
-                    heard.wait(min(left, pause))
+                elif heard.wait(min(left, pause)) and len(job_ids) == 1:
+                    last = heard.close  # this was what it listened for; should the ledger not agree, it is asked now and then
                 pause = min(pause * 1.5, 0.25)
 
     def _check_artifacts(self, conn: Any, project_id: str, params: Params) -> None:

@@ -1,6 +1,5 @@
 """Hints on the broker: Celery messages that carry ids, in four bands of priority per queue."""
 
-import json
 import os
 import time
 from collections import deque
@@ -9,6 +8,7 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import redis
+from pydantic_core import to_json
 from redis.exceptions import RedisError, ResponseError
 
 from contentfactory.errors import ServiceUnavailable
@@ -28,7 +28,7 @@ come back, from a worker that died say, are not made to wait for all of it a sec
 _SEPARATOR = "\x06\x16"
 ENDED = "factory.ended"
 """Channel on which workers name interactive jobs that have ended. A hint, as everything on the broker: the ledger says how they ended."""
-_Command = tuple[str, ...]
+_Command = tuple[str | bytes, ...]
 MAX_EARS = 8
 """Connections to that channel that are kept while nobody waits."""
 
@@ -97,11 +97,11 @@ class Publisher:
         for hint in hints:
             priority = band(hint)
             messages.append(transport.hint_message(hint.kind, hint.ids, hint.queue, priority, hint.dispatched_at))
-            commands.append(("LPUSH", self._key(hint.queue, priority), json.dumps(messages[-1])))
+            commands.append(("LPUSH", self._key(hint.queue, priority), to_json(messages[-1])))
 
         def events() -> list[_Command]:
             # From these Flower learns each message's queue, while workers take the messages.
-            return [("PUBLISH", self._events, json.dumps(transport.sent_event(message))) for message in messages]
+            return [("PUBLISH", self._events, to_json(transport.sent_event(message))) for message in messages]
 
         try:
             answers = self._line.ask(commands, events)
@@ -121,11 +121,12 @@ class Publisher:
     def listen(self, job_ids: Collection[str]) -> Iterator["Listener | None"]:
         """Hear of the end of these jobs while the block lasts; None where the broker does not answer."""
         pubsub = self._subscribed()
+        listener = Listener(pubsub, frozenset(job_ids), self._rest) if pubsub else None
         try:
-            yield Listener(pubsub, frozenset(job_ids)) if pubsub else None
+            yield listener
         finally:
-            if pubsub:
-                self._rest(pubsub)
+            if listener:
+                listener.close()
 
     def _rest(self, pubsub: Any) -> None:
         """Keep a connection for the next who waits: to connect takes five round trips. The broker's answer is read then."""
@@ -320,9 +321,17 @@ def _exchange(connection: Any, commands: Sequence[_Command], further: Callable[[
 class Listener:
     """Hears of jobs that ended."""
 
-    def __init__(self, pubsub: Any, wanted: frozenset[str]) -> None:
+    def __init__(self, pubsub: Any, wanted: frozenset[str], rest: Callable[[Any], None]) -> None:
         self._pubsub = pubsub
         self._wanted = wanted
+        self._rest = rest
+        self.closed = False
+
+    def close(self) -> None:
+        """Hear no more; once is enough."""
+        if not self.closed:
+            self.closed = True
+            self._rest(self._pubsub)
 
     def wait(self, timeout_s: float) -> bool:
         """Whether one of the jobs ended within so many seconds."""

@@ -17,16 +17,17 @@ import json
 import os
 import socket
 import time
-import uuid
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
 from typing import Annotated, Any, Literal, TypeVar
+from uuid import uuid4
 
 import redis
 import structlog
 from kombu.transport import TRANSPORT_ALIASES
 from kombu.transport import redis as stock
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, TypeAdapter, ValidationError
+from pydantic_core import to_json
 from redis.exceptions import RedisError, ResponseError
 
 from contentfactory.jobs.spec import load_kinds
@@ -192,7 +193,8 @@ def _adapter(what: Any, strict: bool = False) -> TypeAdapter[Any]:
 
 
 _BODY = partial(_adapter, tuple[list[JsonValue], dict[str, JsonValue], _Embed], True)
-_ARGS = partial(_adapter, tuple[Annotated[list[_JobId], Field(min_length=1, max_length=MAX_IDS)]], True)
+_IDS = tuple[Annotated[list[_JobId], Field(min_length=1, max_length=MAX_IDS)]]
+_HINT_BODY = partial(_adapter, tuple[_IDS, Annotated[dict[str, JsonValue], Field(max_length=0)], _Embed], True)
 _COMMAND = partial(_adapter, _Command)
 _EVENTS = partial(_adapter, _Event | list[_Event])
 _REPLY = partial(_adapter, dict[str, JsonValue], True)
@@ -231,21 +233,25 @@ def _parsed(adapter: Callable[[], TypeAdapter[Any]], value: bytes, reason: str) 
         raise Malformed(reason) from None
 
 
-def _message(body: Any, headers: dict[str, Any], exchange: str, routing_key: str, priority: int = 0) -> dict[str, Any]:
+def _writable(body: Any) -> Any:
     try:
         # Escapes for half a character pass every parser and break every writer.
         json.dumps(body, ensure_ascii=False, allow_nan=False).encode()
     except (ValueError, RecursionError):
         raise Malformed("body") from None
+    return body
+
+
+def _message(body: Any, headers: dict[str, Any], exchange: str, routing_key: str, priority: int = 0) -> dict[str, Any]:
     return {
-        "body": base64.b64encode(json.dumps(body).encode()).decode(),
+        "body": base64.b64encode(to_json(body)).decode(),
         "content-encoding": "utf-8",
         "content-type": "application/json",
         "headers": headers,
         "properties": {
             "delivery_info": {"exchange": exchange, "routing_key": routing_key},
             # Ours: two items with the same tag would be one to the worker's bookkeeping.
-            "delivery_tag": str(uuid.uuid4()),
+            "delivery_tag": uuid4().hex,
             "body_encoding": "base64",
             "delivery_mode": 2,
             "priority": priority,
@@ -268,12 +274,13 @@ def read_hint(raw: bytes, queue: str) -> dict[str, Any]:
     """
     envelope, body = _envelope(raw, _Hint)
     headers = envelope.headers
-    args, kwargs, _ = _parsed(_BODY, body, "body")
+    try:
+        (ids,), _, _ = _HINT_BODY().validate_json(body)
+    except ValidationError:
+        _parsed(_BODY, body, "body")  # whether it is no message of Celery's, or only none of ours
+        raise Malformed("args" if headers.task in load_kinds() else "unknown_kind") from None
     if headers.task not in load_kinds():
         raise Malformed("unknown_kind")
-    if kwargs:
-        raise Malformed("args")
-    (ids,) = _parsed(_ARGS, json.dumps(args).encode(), "args")
     return hint_message(headers.task, ids, queue, envelope.properties.priority, headers.dispatched_at, headers.id)
 
 
@@ -290,7 +297,7 @@ def hint_message(
         dispatched_at: The ledger's time of dispatch.
         message_id: Id of the message; a new one where left out.
     """
-    message_id = message_id or str(uuid.uuid4())
+    message_id = message_id or str(uuid4())
     shown = ", ".join(ids[:3]) + (f" and {len(ids) - 3} more" if len(ids) > 3 else "")
     made = {
         "lang": "py", "task": kind, "id": message_id, "root_id": message_id, "parent_id": None, "group": None,
@@ -340,7 +347,7 @@ def read_control(raw: bytes, channel: str) -> dict[str, Any]:
         if content["method"] not in COMMANDS:
             raise Malformed("command")
     info = envelope.properties.delivery_info
-    return _message(content, headers, info.exchange, info.routing_key)
+    return _message(_writable(content), headers, info.exchange, info.routing_key)
 
 
 # --- the transport ---
@@ -414,7 +421,7 @@ class _Checks(stock.Channel):
         """The message to go on with in the place of an item of a queue; None if it went into quarantine."""
         try:
             read = read_control if queue.endswith(".pidbox") else read_hint
-            return json.dumps(read(raw, queue)).encode()
+            return to_json(read(raw, queue))
         except Malformed as error:
             self.quarantine(raw, queue, error.reason)
             return None
@@ -431,7 +438,7 @@ class _Checks(stock.Channel):
         try:
             if exchange not in self._fanout_to_queue:
                 raise Malformed("unknown_channel")
-            payload["data"] = json.dumps(read_control(raw, exchange)).encode()
+            payload["data"] = to_json(read_control(raw, exchange))
         except Malformed as error:
             self.quarantine(raw, exchange, error.reason)
             payload.update(data=None, channel=b"")

@@ -167,6 +167,8 @@ class Executor:
         self.tracer = open_tracer("worker")
         self.uploads = ThreadPoolExecutor(settings.upload_threads, thread_name_prefix="upload")
         self.finishers = ThreadPoolExecutor(1, thread_name_prefix="finish")
+        self._finishing: Future[None] | None = None
+        """The micro-batch that was last handed to them."""
         self._slots = threading.BoundedSemaphore(PENDING_GROUPS)
         self._drain = drain_file(settings)
         self._drain_seen = 0.0
@@ -351,11 +353,16 @@ class Executor:
         # One that came alone had no company when it left: its commit shall have this process and the ledger to itself.
         quick = len(members) > 1 and time.monotonic() - started <= self.quick_s
         seconds = time.monotonic() - started
-        finished = self.finishers.submit(self._finish, spec, members, reused, scratch, phases, started, group, quick)
-        bound.info("computed", action="compute", seconds=round(seconds, 3), reused=len(reused))
+        computed = partial(bound.info, "computed", action="compute", seconds=round(seconds, 3), reused=len(reused))
+        finish = partial(self._finish, spec, members, reused, scratch, phases, started, group, quick)
+        if len(members) == 1 and members[0].waited_for and (self._finishing is None or self._finishing.done()):
+            # Somebody waits for that one: no other thread need wake for it, and what Celery does between two jobs comes after it.
+            finish(computed)
+            return quick
+        self._finishing = self.finishers.submit(finish)
+        computed()
         if alone or (len(members) == 1 and members[0].waited_for):
-            # Somebody waits for that one: what Celery does between two jobs would keep the commit from the interpreter.
-            wait([finished])
+            wait([self._finishing])
         return quick
 
     def _clear(self, scratch: Scratch) -> None:
@@ -619,8 +626,20 @@ class Executor:
         return _artifact(claimed, output, resolved, key, sha256, size, role)
 
     def _finish(self, spec: KindSpec, members: Sequence[_Member], reused: Mapping[_Member, Success], scratch: Scratch,
-                phases: dict[str, float], started: float, group: int, quick: bool) -> None:  # fmt: skip
-        """Wait for the uploads and commit the group; the next micro-batch computes meanwhile."""
+                phases: dict[str, float], started: float, group: int, quick: bool, told: Callable[[], None] | None = None) -> None:  # fmt: skip
+        """Wait for the uploads and commit the group; the next micro-batch computes meanwhile.
+
+        Args:
+            spec: The kind.
+            members: The micro-batch.
+            reused: Those that take earlier results.
+            scratch: Its folder, which goes.
+            phases: Seconds of each phase; more come.
+            started: When it began, on the monotonic clock.
+            group: Its number at the keeper.
+            quick: Whether this worker takes the next one by itself.
+            told: What is left to log of it, once it is committed.
+        """
         keys = [m.key for m in members]
         try:
             begun = time.monotonic()
@@ -660,6 +679,8 @@ class Executor:
                     batch_ids = counters.all_ended(conn, batch_ids)
             if batch_ids:
                 self.database.run(lambda conn: counters.close_batches(conn, batch_ids))
+            if told:
+                told()
             log.info(
                 "committed", action="commit", kind=spec.name, queue=spec.queue, job=members[0].claimed.id, succeeded=len(done),
                 stopped=len(stopped), reused=len(reused), seconds=round(time.monotonic() - started, 3),

@@ -374,12 +374,10 @@ def iter_inputs(value: Any, path: str = "") -> Iterator[tuple[str, Literal["text
     """
     if not isinstance(value, BaseModel):
         return
-    for name, info in type(value).model_fields.items():
+    for name, mark in _marks(type(value)):
         item, where = getattr(value, name), f"{path}.{name}" if path else name
         if item is None:
             continue
-        marks = [*info.metadata, *_annotation_marks(info.annotation)]
-        mark = next((m for m in marks if isinstance(m, Media | TextMarker)), None)
         items = enumerate(item) if isinstance(item, list | tuple) else None
         for at, one in [(where, item)] if items is None else [(f"{where}.{n}", x) for n, x in items]:
             if isinstance(one, BaseModel) and not isinstance(one, OutputRef):
@@ -410,6 +408,16 @@ def put_at(data: Any, path: str, value: Any) -> None:
     for part in way:
         data = data[int(part)] if isinstance(data, list) else data[part]
     data[int(last) if isinstance(data, list) else last] = value
+
+
+@functools.cache
+def _marks(params: type[BaseModel]) -> tuple[tuple[str, Media | TextMarker | None], ...]:
+    """Each field, and what marks it as an input."""
+    found = []
+    for name, info in params.model_fields.items():
+        marks = [*info.metadata, *_annotation_marks(info.annotation)]
+        found.append((name, next((m for m in marks if isinstance(m, Media | TextMarker)), None)))
+    return tuple(found)
 
 
 def _annotation_marks(annotation: Any) -> list[Any]:

@@ -228,6 +228,7 @@ def test_who_waits_again_uses_the_same_connection_and_hears_only_of_its_own(brok
 def test_several_wait_at_once_and_few_connections_stay(broker):
     _, url, tmp_path = broker
     publisher, worker = publisher_of(url, tmp_path), publisher_of(url, tmp_path)
+    worker.ended(["nobody"])  # keeps a connection for this
     before = connections(worker)
     open_ones = [publisher.listen([f"job{n}"]) for n in range(MAX_EARS + 4)]
     heard = [one.__enter__() for one in open_ones]

@@ -14,7 +14,6 @@ from sqlalchemy import Connection, select
 from contentfactory.fastjson import dumps_ids
 from contentfactory.states import JobState
 from db import prepared
-from db.session import upsert
 from db.sql import among_given, dumps, insert_rows, insertion, packed
 from db.tables import (
     Artifact,
@@ -91,14 +90,15 @@ def leave(conn: Connection, artifacts: Sequence[tuple[Any, ...]], micro_batches:
         found = prepared.run(conn, _left(one), (*(known[name] for name in MICRO_BATCH), *event, *(artifacts[0] if one else ()), *questions))
         return [child for child, key, _ in found if key is None], next(((key, at) for _, key, at in found if key is not None), None)
     if micro_batches:
-        conn.execute(_micro_batches(dialect), list(micro_batches))
+        given = ({**one, "phases": dumps(one["phases"]) if one["phases"] else None} for one in micro_batches)
+        prepared.run_many(conn, _micro_batches(dialect), [tuple(one[name] for name in MICRO_BATCH) for one in given])
     insert_rows(conn, Event, EVENT, told)
     return [child for child, _ in children(conn, parents)], newest_mark(conn, keys)
 
 
 @cache
 def _left(artifact: bool) -> str:
-    parts = [f"{insertion('postgresql', MicroBatch, MICRO_BATCH)} ON CONFLICT DO NOTHING", insertion("postgresql", Event, EVENT)]
+    parts = [_micro_batches("postgresql"), insertion("postgresql", Event, EVENT)]
     if artifact:
         parts.append(insertion("postgresql", Artifact, ARTIFACT))
     written = ", ".join(f"part{n} AS ({part})" for n, part in enumerate(parts))
@@ -123,8 +123,8 @@ def _newest_mark(dialect: str) -> Any:
 
 
 @cache
-def _micro_batches(dialect: str) -> Any:
-    return upsert(dialect, MicroBatch).on_conflict_do_nothing()
+def _micro_batches(dialect: str) -> str:
+    return f"{insertion(dialect, MicroBatch, MICRO_BATCH)} ON CONFLICT DO NOTHING"
 
 
 def children(conn: Connection, parents: Sequence[str]) -> list[tuple[str, str]]:

@@ -423,7 +423,8 @@ def _wait_for_disk(connection: Connection, durable: bool) -> None:
 
 def _sqlite_begin(connection: Connection) -> None:
     mode = connection.get_execution_options().get("factory_begin", "DEFERRED")
-    connection.exec_driver_sql(f"BEGIN {mode}")
+    raw: Any = connection.connection.dbapi_connection  # SQLAlchemy would make more of this word than of the transaction's statements
+    raw.execute(f"BEGIN {mode}")
 
 
 __all__ = ["Database", "insert_for", "now", "take_time", "upsert"]

@@ -40,6 +40,7 @@ from producer.publish import Publisher
 from producer.services import open_store
 from producer.tracing import Attempted, open_tracer
 from storage.keys import artifact_key, suffix_for
+from storage.local import LocalStore
 from worker import confined, failpoints, memory
 from worker.context import Failure, InputFile, JobContext, NewModel, Output
 from worker.drain import drain_file
@@ -187,6 +188,9 @@ class Executor:
         self.goes_beside = not self.database.sqlite
         """Whether a commit's statements may go while its outputs are uploaded. On SQLite they take a fraction of what the upload does, and nobody
         else could write meanwhile."""
+        self._puts_at_once = not self.goes_beside and isinstance(self.store, LocalStore)
+        """Whether what somebody waits for is put as soon as it is made: a folder takes it in less time than another thread would to wake for it, if
+        the commit has to wait for that anyway."""
         self._beside_after = 0.0
         # Objects that this process put a moment ago, with the time: equal outputs (an empty text, a silence) are put once. The
         # sweep takes nothing that is younger than its window, so a fraction of that is safe.
@@ -597,6 +601,13 @@ class Executor:
             artifact = _artifact(claimed, output, member.resolved, key or _key(claimed, output, sha256), sha256, len(data), "output")
             if time.monotonic() - at < self._put_s:
                 return artifact
+        if artifact and member.waited_for and self._puts_at_once:
+            ends: Future[NewArtifact] = Future()
+            try:
+                ends.set_result(self._upload(claimed, output, member.resolved))
+            except Exception as error:
+                ends.set_exception(error)
+            return _Upload(ends, artifact)
         return _Upload(self.uploads.submit(self._upload, claimed, output, member.resolved), artifact)
 
     def _upload(self, claimed: Claimed, output: Output, resolved: Resolved | None, role: str = "output") -> NewArtifact:

@@ -409,6 +409,15 @@ class _Checks(stock.Channel):
     # seconds here, because the ledger sends it again; and what is never read back brings no bad item back either.
     ack_emulation = False
     do_restore = False
+    _at_hand: Any = None
+
+    def _create_client(self, asynchronous: bool = False) -> Any:
+        # The stock transport makes one for each event that a worker sends, which takes it longer than to send it.
+        if asynchronous:
+            return super()._create_client(asynchronous=True)  # type: ignore[no-untyped-call]
+        if self._at_hand is None or self._at_hand.connection_pool is not self.pool:
+            self._at_hand = super()._create_client()  # type: ignore[no-untyped-call]
+        return self._at_hand
 
     def _get_client(self) -> Any:
         super()._get_client()  # type: ignore[no-untyped-call]  # checks the version

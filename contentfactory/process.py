@@ -43,12 +43,17 @@ def tied(command: list[str]) -> list[str]:
     return [sys.executable, "-I", "-S", os.path.abspath(__file__), str(os.getpid()), *command]
 
 
-def collect_rarely() -> None:
+def collect_rarely(*, first: bool = True) -> None:
     """Look for cycles of objects as seldom as a process can afford that makes thousands of small ones at a time and hardly a cycle.
 
-    Call it once all is loaded: what is alive then is never looked through again.
+    Call it once all is loaded: what is there then is never looked through again.
+
+    Args:
+        first: Whether to look for the last time now. What loading leaves behind is a few hundred objects, and to find them takes the tenth part
+            of what loading took: a process on whose start others wait keeps them.
     """
-    gc.collect()
+    if first:
+        gc.collect()
     gc.freeze()
     gc.set_threshold(20_000, 20, 20)
 

@@ -1,8 +1,8 @@
 """``python -m contentfactory.service MODULE ARGUMENT…`` is ``python -m MODULE ARGUMENT…``, sooner ready.
 
 `factory up` starts its processes at once, and what they do first is load libraries, on all cores. An eighth of that is spared here: the
-collector does not look again and again through what has just been loaded and stays, and two libraries come without companions that no service
-uses (structlog loads rich for coloured tracebacks, redis-py the SDK of OpenTelemetry for metrics of its own).
+collector does not look again and again through what has just been loaded and stays, and libraries come without companions that no service uses
+(structlog loads rich for coloured tracebacks, redis-py the SDK of OpenTelemetry for metrics of its own, Celery's commands pygments).
 """
 
 import gc
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 LOADING = (100_000, 20, 20)
 """Thresholds of the collector while a process loads; `contentfactory.process.collect_rarely` sets those of a loaded one."""
-UNUSED = ("rich", "opentelemetry.sdk.metrics")
+UNUSED = ("rich", "opentelemetry.sdk.metrics", "pygments")
 LIBRARIES = ("structlog", "redis")
 
 

@@ -5,25 +5,18 @@ where it has something to do.
 """
 
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import structlog
 from sqlalchemy import Connection, text
 
+from db.glance import MIGRATIONS, newest
 from db.session import Database
 
 if TYPE_CHECKING:
     from alembic.config import Config
 
 log = structlog.get_logger(__name__)
-
-_MIGRATIONS = Path(__file__).with_name("migrations")
-
-
-def newest() -> str:
-    """The revision of the last migration: the number that its file's name begins with."""
-    return max(path.name for path in (_MIGRATIONS / "versions").glob("[0-9]*.py")).partition("_")[0]
 
 
 def _stands_at(connection: Connection) -> str | None:
@@ -38,7 +31,7 @@ def _config(connection: Connection) -> "Config":
     from alembic.config import Config
 
     config = Config()
-    config.set_main_option("script_location", str(_MIGRATIONS))
+    config.set_main_option("script_location", str(MIGRATIONS))
     config.set_main_option("path_separator", "os")
     config.attributes["connection"] = connection
     return config

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from sqlalchemy import Connection, Engine, create_engine, event, make_url, text
-from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.dialects import sqlite
 from sqlalchemy.exc import DBAPIError, DisconnectionError, InterfaceError, OperationalError
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.functions import FunctionElement
@@ -59,7 +59,11 @@ def faults(engine: Engine) -> tuple[type[Exception], ...]:
 
 def upsert(dialect: str, table: Any) -> Any:
     """As `insert_for`, by the dialect's name: for statements that are built once."""
-    return (postgresql if dialect == "postgresql" else sqlite).insert(table)
+    if dialect != "postgresql":
+        return sqlite.insert(table)
+    from sqlalchemy.dialects import postgresql  # which loads every driver of it that SQLAlchemy knows
+
+    return postgresql.insert(table)
 
 
 class Database:

@@ -22,7 +22,6 @@ from sqlalchemy import (
     select,
     text,
 )
-from sqlalchemy.dialects.postgresql import ARRAY
 
 from contentfactory.fastjson import dumps
 from contentfactory.states import JobState
@@ -35,7 +34,6 @@ COPY_FROM = 8
 COPY_BLOCK, COPY_BYTES = 512, 2**20
 """Rows that are written at once, and about how many characters of them: the server reads some while the next are put together."""
 
-_ARRAY = ARRAY(String)
 _PLAIN = re.compile(r"[\w./:@,-]+", re.ASCII)
 """Values that an array's text takes as they are, with their commas; our ids and keys are made of these."""
 _ESCAPES = {"\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\r"}
@@ -83,17 +81,24 @@ def rows_given(dialect: str, name: str, columns: Sequence[str]) -> Any:
     if dialect != "postgresql":
         row = func.json_each(bindparam(name, type_=String)).table_valued("value").c.value
         return select(*(func.json_extract(row, f"$[{n}]").label(column) for n, column in enumerate(columns))).subquery()
-    arrays = {column: cast(bindparam(f"{name}_{column}", type_=String), _ARRAY) for column in columns}
+    arrays = {column: cast(bindparam(f"{name}_{column}", type_=String), _text_array()) for column in columns}
     given = select(*(func.unnest(array).label(column) for column, array in arrays.items())).subquery()
     return select(*(func.nullif(given.c[column], _NONE).label(column) for column in columns)).subquery()
 
 
 def _member(dialect: str, column: Any, values: ColumnElement[str]) -> ColumnElement[bool]:
     if dialect == "postgresql":
-        found: ColumnElement[bool] = column == any_(cast(values, _ARRAY))
+        found: ColumnElement[bool] = column == any_(cast(values, _text_array()))
     else:
         found = column.in_(select(func.json_each(values).table_valued("value").c.value))
     return found
+
+
+@functools.cache
+def _text_array() -> Any:
+    from sqlalchemy.dialects.postgresql import ARRAY  # which loads every driver of it that SQLAlchemy knows
+
+    return ARRAY(String)
 
 
 def _array(values: Iterable[str]) -> str:

@@ -148,7 +148,7 @@ def main() -> None:
         server = metrics.serve(settings.metrics_host, settings.metrics_port)
     timer = Timer(settings, database, publisher, Producer(settings, database, open_store(settings), publisher), metrics)
     log.info("timer_started", action="start", metrics_port=server.port if server else None)
-    collect_rarely()
+    collect_rarely(first=False)
     timer.run(stop)
     if server:
         server.close()

@@ -111,7 +111,7 @@ def _tell_ready(**_: Any) -> None:
         with suppress(OSError):
             Path(sign).touch()
     if not gc.get_freeze_count():  # not after each loss of the broker: what is frozen is kept for good
-        collect_rarely()
+        collect_rarely(first=False)
 
 
 @signals.worker_shutting_down.connect

@@ -8,13 +8,15 @@ take on their command line and what they do is otherwise the same.
 import importlib
 import os
 
-from contentfactory.service import load_quickly
+from contentfactory.service import LIBRARIES, load_quickly
 
 COMMANDS = {"worker": "celery.bin.worker", "flower": "flower.command"}
 """Modules whose attribute of the same name is the command."""
 
 
-if __name__ in ("__main__", "__mp_main__"):  # the second is the pool's child
+if __name__ == "__main__":
+    load_quickly((*LIBRARIES, "celery.bin.base"))
+elif __name__ == "__mp_main__":  # the pool's child
     load_quickly()
 
 

@@ -25,7 +25,7 @@ QUEUES = ("text", "image", "audio", "video", "train")
 class OutputRef(BaseModel):
     """What another job makes, named by its id or, within a batch, by its ``custom_id``."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
 
     job: str = Field(min_length=1, max_length=200, description="custom_id of a job of the same batch, or a job's id")
     output: str | None = Field(
@@ -78,7 +78,8 @@ LanguageTag = Annotated[str, Field(pattern=r"^[A-Za-z]{2,3}(-[A-Za-z0-9]{2,8})*$
 class Params(BaseModel):
     """Base of every kind's parameters: strict about unknown fields, immutable."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    # Built when the first job of the kind is checked: most processes that load the kinds want no more than their names and limits.
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, defer_build=True)
     spec: ClassVar["KindSpec"]
 
 
@@ -145,6 +146,7 @@ class KindSpec:
     @functools.cached_property
     def _check(self) -> Callable[[Any], Params]:
         # What `model_validate` comes to, which does more for a small class than the check itself.
+        self.params.model_rebuild()
         check: Callable[[Any], Params] = self.params.__pydantic_validator__.validate_python
         return check
 
@@ -178,6 +180,7 @@ class KindSpec:
 
     @functools.cached_property
     def _serializer(self) -> Any:
+        self.params.model_rebuild()
         return self.params.__pydantic_serializer__  # `model_dump_json` itself takes longer than what it calls
 
     def share_key(self, params: Params, model_version: str | None) -> str:

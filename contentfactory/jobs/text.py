@@ -80,7 +80,7 @@ class TextGenerate(Sampling):
 class ChatMessage(BaseModel):
     """One turn of a conversation."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
 
     role: Literal["system", "user", "assistant"] = Field(description="who speaks")
     content: Text = Field(description="what is said")

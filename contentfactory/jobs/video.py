@@ -23,7 +23,7 @@ Colour = Annotated[str, Field(pattern=r"^#[0-9A-Fa-f]{6}$", description="colour 
 class Scene(BaseModel):
     """One picture of a clip, or a card with words on the background colour where it has no picture."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, defer_build=True)
 
     image: ImageInput | None = Field(
         default=None, description="the picture; without one the scene is a card with its text"

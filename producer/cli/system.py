@@ -22,6 +22,11 @@ def start(f: Factory, *, flower: bool = True, quiet: bool = False) -> Iterator[A
     from producer.supervisor import ensure
 
     def prepare() -> None:
+        if f.settings.embedded_broker:
+            from db.glance import at_rest
+
+            if at_rest(f.settings.database()):
+                return
         # Broker and Flower start meanwhile: loading what speaks to a database takes as long as they need.
         database = f.database
         if f.settings.embedded_broker and database.sqlite:
@@ -46,6 +51,9 @@ def up(
     as_json: Json = False,
 ) -> None:
     """Start broker, timer, workers and Flower, and stay with them until Ctrl-C."""
+    from contentfactory.service import load_quickly
+
+    load_quickly()
     from producer.supervisor import running
 
     with factory() as f:

@@ -18,7 +18,7 @@ from sqlalchemy import (
 )
 
 from contentfactory.errors import ServiceUnavailable
-from db import migrate, prepared
+from db import migrate, prepared, wire
 from db.models import Job
 from db.prepared import BINARY
 from db.session import Database
@@ -28,6 +28,11 @@ TABLE = Table(
     Column("word", String, default="python's"),
 )  # fmt: skip
 ROWS = [(1, True, {"a": [1, "é"]}, 0.5, "x%"), (2, False, None, None, None), (3, None, "text", 1e300, "")]
+
+
+@pytest.fixture(autouse=True, params=["by the driver's cursor", "kept by the server"])
+def _way(request, monkeypatch):
+    monkeypatch.setattr(wire, "SEEN", 10**9 if "cursor" in request.param else 0)
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """Jobs that somebody waits for: at once on their way where the queue is idle, and heard of when they have ended."""
 
 import time
+from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import urlsplit
 
 import pytest
@@ -13,6 +14,7 @@ from contentfactory.jobs.spec import get_kind
 from contentfactory.settings import load_settings
 from contentfactory.states import Priority
 from db import choice, lifecycle, projects
+from db.choice import Hint
 from db.models import Job, Share
 from producer.enqueue import Producer
 from producer.publish import MAX_EARS, Publisher
@@ -267,3 +269,57 @@ def test_a_broker_that_was_restarted_is_heard_again(broker):
     finally:
         publisher.close()
         again.stop()
+
+
+def hints(n):
+    return [Hint("text.echo", "text", 100, (f"job_{k:032x}",), 1.0) for k in range(n)]
+
+
+def test_hints_arrive_though_the_connection_that_was_kept_is_gone(broker):
+    _, url, tmp_path = broker
+    publisher, other = publisher_of(url, tmp_path), publisher_of(url, tmp_path)
+    for n in range(1, 6):
+        assert publisher.send(hints(1)) == []
+        assert publisher.waiting("text") >= n
+        other._redis.client_kill_filter(_type="normal", skipme=True)
+    assert publisher.anything(["text"])
+    before = ever_connected(other)
+    for _ in range(20):
+        assert publisher.send(hints(1)) == []
+    assert ever_connected(other) <= before + 2
+    publisher.close()
+    other.close()
+
+
+def test_a_hint_that_the_broker_refuses_comes_back_and_the_others_are_sent(broker):
+    _, url, tmp_path = broker
+    publisher = publisher_of(url, tmp_path)
+    assert publisher.send(hints(1)) == []
+    publisher._redis.set("image", "no list")
+    bad = Hint("image.compose", "image", 100, ("job_" + "f" * 32,), 1.0)
+    for _ in range(3):
+        assert publisher.send([*hints(2), bad, *hints(1)]) == [bad]
+    assert publisher.waiting("text") == 10
+    publisher.close()
+
+
+def test_threads_that_publish_at_once_do_not_mix_their_answers(broker):
+    _, url, tmp_path = broker
+    publisher = publisher_of(url, tmp_path)
+    with ThreadPoolExecutor(8) as pool:
+        assert not any(found for found in pool.map(lambda n: publisher.send(hints(n % 3 + 1)), range(200)))
+        assert all(pool.map(lambda n: publisher.anything(["text"]) and not publisher.anything(["audio"]), range(200)))
+    assert publisher.waiting("text") == sum(n % 3 + 1 for n in range(200))
+    publisher.close()
+
+
+def test_without_a_broker_hints_come_back(broker):
+    service, url, tmp_path = broker
+    publisher = publisher_of(url, tmp_path)
+    assert publisher.send(hints(1)) == []
+    service.stop()
+    assert publisher.send(hints(2)) == hints(2)
+    publisher.ended(["job"])
+    with pytest.raises(ServiceUnavailable):
+        publisher.anything(["text"])
+    publisher.close()

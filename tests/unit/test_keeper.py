@@ -1,12 +1,14 @@
 """What a worker's child tells its keeper, and how seldom."""
 
+import json
+import os
 import threading
 import types
 
 import pytest
 
 from contentfactory.settings import load_settings
-from worker.keeper import Keeper, _Keeper
+from worker.keeper import FEW_BYTES, Keeper, _Keeper
 
 KEYS = [(f"job_{n}", 1) for n in range(100)]
 
@@ -90,3 +92,44 @@ def test_the_keeper_takes_what_it_is_told(tmp_path):
     for op in ("settle", "drop"):
         keeper.take({"op": op, "group": 99})  # of a keeper that was started anew: nothing to do
     keeper.database.close()
+
+
+def test_messages_come_whole_however_they_arrive(tmp_path, monkeypatch):
+    reader, writer = os.pipe()
+    keeper = _Keeper(load_settings(state_dir=tmp_path))
+    monkeypatch.setattr("sys.stdin", types.SimpleNamespace(fileno=lambda: reader))
+    thread = threading.Thread(target=keeper.read)
+    thread.start()
+    told = [{"op": "hold", "jobs": KEYS * 30, "name": "é"}, {"op": "settle", "group": 1}, {"op": "drop", "group": 1}]
+    text = b"".join(json.dumps(message, ensure_ascii=False).encode() + b"\n" for message in told) + b"no json\n" + b'{"op": "bye"}\n'
+    assert len(text) > 3 * FEW_BYTES
+    cut = text.index("é".encode()) + 1  # in the middle of a letter
+    for part in (text[:10], text[10:cut], text[cut:-5], text[-5:]):
+        os.write(writer, part)
+    os.close(writer)
+    thread.join(10)
+    os.close(reader)
+    found = [keeper.inbox.get_nowait() for _ in range(keeper.inbox.qsize())]
+    assert found == [json.loads(json.dumps(message)) for message in told] + [{"op": "bye"}, None]
+
+
+def test_a_burst_of_few_words_is_read_at_once(tmp_path, monkeypatch):
+    """Of a short job there are three messages within milliseconds: one wakes the keeper."""
+    reader, writer = os.pipe()
+    keeper = _Keeper(load_settings(state_dir=tmp_path))
+    monkeypatch.setattr("sys.stdin", types.SimpleNamespace(fileno=lambda: reader))
+    rested, reads, read = threading.Event(), [], os.read
+    go = threading.Event()
+    monkeypatch.setattr("worker.keeper.time.sleep", lambda seconds: (rested.set(), go.wait(10)))
+    monkeypatch.setattr("worker.keeper.os.read", lambda number, most: reads.append(read(number, most)) or reads[-1])
+    thread = threading.Thread(target=keeper.read)
+    thread.start()
+    os.write(writer, b'{"op": "hold"}\n')
+    assert rested.wait(10)
+    os.write(writer, b'{"op": "settle"}\n')
+    os.write(writer, b'{"op": "drop"}\n')
+    go.set()
+    os.close(writer)
+    thread.join(10)
+    os.close(reader)
+    assert [data.count(b"\n") for data in reads] == [1, 2, 0]

@@ -1,6 +1,8 @@
 """Every kind is whole: a runner, a page in the docs, a queue, limits on its fields; and nothing is left over."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -117,3 +119,34 @@ def test_equal_params_have_equal_text():
     one = get_kind("text.echo").validate({"text": "é", "seconds": 0})
     two = get_kind("text.echo").validate({"seconds": 0.0, "text": "é"})
     assert canonical(one) == canonical(two)
+
+
+def test_what_checks_a_kinds_params_is_built_when_they_are_first_checked():
+    """By whichever threads come first; most processes never need it."""
+    code = """
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
+from contentfactory.errors import InputError
+from contentfactory.jobs.spec import load_kinds
+kinds = list(load_kinds().values())
+assert not any(spec.params.__pydantic_complete__ for spec in kinds)
+start = Barrier(16)
+def check(n):
+    start.wait()
+    for spec in kinds[n % 3:] + kinds[:n % 3]:
+        try:
+            spec.validate({"nonsense": 1})
+        except InputError as error:
+            assert "nonsense" in str(error.detail), error.detail
+        else:
+            raise AssertionError(spec.name)
+        spec.params.model_json_schema()
+    return [spec.params_json(spec.validate({"text": "é"})) for spec in kinds if spec.name == "text.echo"]
+sys.setswitchinterval(1e-5)
+with ThreadPoolExecutor(16) as pool:
+    assert len({str(found) for found in pool.map(check, range(16))}) == 1
+assert all(spec.params.__pydantic_complete__ for spec in kinds)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-2000:]

@@ -37,8 +37,8 @@ from contentfactory.states import TERMINAL
 from db import lifecycle
 from db.session import Database
 from producer.enqueue import Producer
+from producer.plan import worker_host
 from producer.publish import Publisher, celery_options
-from producer.supervisor import worker_host
 
 RESCUE_S = LEASE_S + 3 * REAPER_S + 3.0
 """Longest that a dead worker's job may stay running: lease and reaper, with slack for a machine under load."""

@@ -49,9 +49,9 @@ from db import lifecycle, migrate  # noqa: E402
 from db.session import Database  # noqa: E402
 from producer import manifest as manifests  # noqa: E402
 from producer.enqueue import Producer  # noqa: E402
+from producer.plan import worker_command  # noqa: E402
 from producer.publish import Publisher  # noqa: E402
 from producer.services import open_store  # noqa: E402
-from producer.supervisor import worker_command  # noqa: E402
 
 LEASE_S = 6.0
 REAPER_S = 1.0

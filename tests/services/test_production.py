@@ -34,7 +34,7 @@ from contentfactory.settings import PREFIX, Settings, load_settings
 from db import migrate
 from db.models import Worker
 from db.session import Database
-from producer.supervisor import flower_command, worker_command
+from producer.plan import flower_command, worker_command
 
 ROOT = Path(__file__).resolve().parents[2]
 COMPOSE = ROOT / "docker-compose.yml"

@@ -18,9 +18,10 @@ import redis
 
 from contentfactory.errors import Conflict, ServiceUnavailable
 from contentfactory.settings import Settings, load_settings
-from producer import broker, supervisor
+from producer import broker, plan, supervisor
 from producer.guard import MARK, find
-from producer.supervisor import Service, Supervisor, rotate, running, stop
+from producer.plan import Service
+from producer.supervisor import Supervisor, rotate, running, stop
 
 SLEEP = "import time; time.sleep(600)"
 # Writes a line when it is told to stop, then ends.
@@ -267,7 +268,8 @@ HOLDER = """
 import json
 from pathlib import Path
 from producer.logs import configure_logs
-from producer.supervisor import Service, Supervisor
+from producer.plan import Service
+from producer.supervisor import Supervisor
 from contentfactory.settings import load_settings
 settings = load_settings(state_dir={state!r})
 configure_logs(settings)  # to standard error: the supervising thread logs while this one prints
@@ -452,8 +454,8 @@ def test_output_goes_to_rotated_logs(tmp_path: Path, settings: Settings) -> None
 
 
 def test_secrets_do_not_show_on_command_lines(settings: Settings) -> None:
-    services = supervisor.plan(settings, flower=5999, workers={"text,image,audio,video": 1, "train": 1})
-    password = supervisor.flower_password(settings)
+    services = plan.plan(settings, flower=5999, workers={"text,image,audio,video": 1, "train": 1})
+    password = plan.flower_password(settings)
     assert [s.name for s in services] == ["broker", "flower", "timer", "text-image-audio-video", "train"]
     for service in services:
         assert password not in " ".join(service.command)

@@ -112,6 +112,10 @@ class Wire:
             if begins:
                 libpq.pipeline_sync()
             self._flush()
+        except BaseException:
+            raw.close()  # nobody knows how much of it was sent
+            raise
+        try:
             if meanwhile:
                 meanwhile()
         except BaseException:

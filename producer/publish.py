@@ -280,7 +280,8 @@ class _Line:
                 pipe.execute_command(*command)  # type: ignore[no-untyped-call]
             answers = pipe.execute(raise_on_error=False)
         if not self._rests:
-            self._rest(self._client.connection_pool.get_connection())
+            with suppress(RedisError, OSError):
+                self._rest(self._client.connection_pool.get_connection())
         return answers
 
     def _take(self) -> Any:

@@ -130,7 +130,8 @@ def test_twelve_mistakes_are_refused_by_line(cli):
 @pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGKILL])
 def test_a_killed_run_goes_on_where_it_was(cli, tmp_path, sign):
     cli.only("text")
-    manifest = write(tmp_path / "m.jsonl", [echo(f"{n:02}", text=str(n), seconds=0.7, priority=n % 2) for n in range(16)])
+    # Two a micro-batch: one that runs when it is told to stop is finished, and on a slow machine that comes seconds after the first has begun.
+    manifest = write(tmp_path / "m.jsonl", [echo(f"{n:02}", text=str(n), seconds=0.7, priority=n % 8) for n in range(16)])
     first = cli.start("run", manifest, "--no-flower")
     try:
         wait_until(lambda: (b := cli.json("batch", "list", code=None)) and b[0]["counts"].get("running"))

@@ -14,7 +14,7 @@ from typing import Any
 
 from psycopg import pq
 from psycopg.adapt import PyFormat, Transformer
-from psycopg.errors import Error, error_from_result
+from psycopg.errors import Error, OperationalError, error_from_result
 from sqlalchemy import Connection
 
 SEEN = 4
@@ -190,6 +190,9 @@ class Wire:
             except BaseException:
                 self._raw.close()
             raise
+        if not found:
+            self._raw.close()
+            raise OperationalError("the connection was lost before an answer came")
         return found
 
     def _collect(self, found: list[Any], pipelined: bool) -> None:

@@ -17,7 +17,7 @@ import os
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -108,14 +108,13 @@ class LocalStore:
         folder = target.rpartition("/")[0]
         with opened(data) as stream, self._mapped("write"), self._temporary() as temporary:
             sha256, count = self._write(temporary, HashingReader(stream, key, sha256=expected, size=size))
-            entered = [folder, *self._make_folder(folder)]
+            self._make_folder(folder)
             if self._link(temporary, target):
                 self._write_meta(key, sha256, media_type)
             else:
                 media_type = self._settle(key, temporary, sha256, count, media_type)
             if self._durable:
-                for name in entered:
-                    _sync_folder(name)
+                _sync_folder(folder)
             try:
                 status = os.stat(target)
             except FileNotFoundError:
@@ -345,17 +344,15 @@ class LocalStore:
 
         with self._rename_lock, (self.root / "lock").open("a") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            if os.path.lexists(target):
+            if os.path.exists(target):
                 return False
             os.rename(temporary, target)
             return True
 
-    def _make_folder(self, folder: str) -> Sequence[str]:
-        """Make a folder and its parents.
+    def _make_folder(self, folder: str) -> None:
+        """Make a folder and its parents; a new name is on the disk only when its parent was flushed.
 
-        Returns:
-            Folders with a new entry, which is on the disk only when they were flushed: after what is put into the new one, since a file system
-            with a journal then writes that once.
+        At once, since whoever finds the folder there does not flush its parent.
         """
         missing = []
         while not os.path.isdir(folder):
@@ -364,7 +361,8 @@ class LocalStore:
         for new in reversed(missing):
             with suppress(FileExistsError):
                 os.mkdir(new)
-        return [os.path.dirname(new) for new in missing]
+            if self._durable:
+                _sync_folder(os.path.dirname(new))
 
     def _walk(self, folder: Path, key: str, prefix: str) -> Iterator[StoredObject]:
         """Files below a folder in the order of their keys, one folder in memory at a time."""

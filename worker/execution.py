@@ -359,13 +359,14 @@ class Executor:
         seconds = time.monotonic() - started
         computed = partial(bound.info, "computed", action="compute", seconds=round(seconds, 3), reused=len(reused))
         finish = partial(self._finish, spec, members, reused, scratch, phases, started, group, quick)
-        if len(members) == 1 and members[0].waited_for and (self._finishing is None or self._finishing.done()):
+        waited_for = len(members) == 1 and members[0].waited_for
+        if waited_for and (self._finishing is None or self._finishing.done()):
             # Somebody waits for that one: no other thread need wake for it, and what Celery does between two jobs comes after it.
             finish(computed)
             return quick
         self._finishing = self.finishers.submit(finish)
         computed()
-        if alone or (len(members) == 1 and members[0].waited_for):
+        if alone or waited_for:
             wait([self._finishing])
         return quick
 

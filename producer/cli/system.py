@@ -53,7 +53,7 @@ def up(
     """Start broker, timer, workers and Flower, and stay with them until Ctrl-C."""
     from contentfactory.service import load_quickly
 
-    load_quickly()
+    load_quickly()  # before the supervisor loads them
     from producer.supervisor import running
 
     with factory() as f:

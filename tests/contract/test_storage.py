@@ -31,7 +31,7 @@ from contentfactory.errors import (
     ServiceUnavailable,
     StorageError,
 )
-from storage import LocalStore, MemoryStore, ObjectStore, open_store
+from storage import LocalStore, MemoryStore, ObjectStore, local, open_store
 from storage.base import REFRESH_AFTER_S
 from storage.keys import (
     artifact_key,
@@ -1001,3 +1001,18 @@ def test_a_type_that_the_key_does_not_tell_is_written_down(tmp_path: Path) -> No
     held = store.head(key)
     assert held is not None and held.media_type == "text/csv"
     assert not meta.exists()
+
+
+def test_a_new_folder_is_on_the_disk_before_anything_lies_in_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever finds it there puts its own object in and does not flush the parent."""
+    steps: list[tuple[str, Path]] = []
+    sync, link = local._sync_folder, os.link
+    monkeypatch.setattr(local, "_sync_folder", lambda folder: (steps.append(("sync", Path(folder))), sync(folder)))
+    monkeypatch.setattr(os, "link", lambda source, target: (steps.append(("link", Path(target))), link(source, target)))
+    store = local.LocalStore(tmp_path / "store")
+    store.put("one/two/three", b"x", media_type="text/plain")
+    root = tmp_path / "store" / "objects"
+    assert steps == [("sync", root), ("sync", root / "one"), ("link", root / "one/two/three"), ("sync", root / "one/two")]
+    steps.clear()
+    store.put("one/two/four", b"y", media_type="text/plain")
+    assert steps == [("link", root / "one/two/four"), ("sync", root / "one/two")]

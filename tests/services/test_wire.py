@@ -219,3 +219,16 @@ def test_a_server_that_goes_away_in_the_middle_is_told(ledger):
         prepared.run(conn, "SELECT pg_sleep(%s)", (30.0,), meanwhile=end)
     with ledger.write() as conn:
         assert add(conn, 1) == [(1,)]
+
+
+@pytest.mark.parametrize("how", ["read", "write"])
+def test_no_answer_at_all_is_a_lost_connection(ledger, monkeypatch, how):
+    for n in range(3):
+        with getattr(ledger, how)() as conn:
+            add(conn, n)
+    with monkeypatch.context() as patched:
+        patched.setattr(wire.Wire, "_collect", lambda self, found, pipelined: None)
+        with pytest.raises(ServiceUnavailable, match="before an answer came"), getattr(ledger, how)() as conn:
+            add(conn, 7)
+    with getattr(ledger, how)() as conn:
+        assert add(conn, 8) == [(8,)]
